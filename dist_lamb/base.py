@@ -1,0 +1,334 @@
+"""What Lamb and ShardedLamb share: options in groups, step counters, the order of a step.
+
+The two differ in where a step's tensors lie (``Lamb``: the user's tensors; ``ShardedLamb``: its
+own flat buffers) and in what a norm is (:mod:`dist_lamb.norms`); the step itself is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import kernels, options, rule
+from .kernels import Work
+from .norms import Norms
+from .state import TENSOR_STATES, state_like
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Closure: TypeAlias = Callable[[], Any]
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of the optimizers; the meaning of each is in :class:`dist_lamb.Lamb`."""
+
+    grad_averaging: bool
+    bias_correction: bool
+    decoupled: bool
+    max_grad_norm: float | None
+    adapt: str | bool
+    trust_clip: tuple[float, float] | None
+    phi: tuple[float, float] | None
+    maximize: bool
+    impl: str
+    foreach: bool | None
+    capturable: bool
+    fused: bool | None
+
+
+class LambBase(Optimizer):
+    """Parameter groups with LAMB's options, per-param step counters, and one step."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        **more: Unpack[Options],
+    ) -> None:
+        impl = more.pop("impl", "auto")
+        defaults: dict[str, Any] = {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+        unknown = set(more) - set(defaults)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        defaults.update(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **more)
+        self.impl = options.resolve_impl(impl, defaults["foreach"], defaults["fused"])
+        options.check_group(defaults)
+        # GradScaler then hands over the loss scale and the overflow flag as tensors instead of
+        # deciding on the host, rank by rank, whether step() is called at all.
+        self._step_supports_amp_scaling = True
+        self._forget_caches()
+        super().__init__(params, defaults)
+
+    # --- parameter groups ------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            options.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for name, p in zip(self._names_of(group), group["params"]):
+                self._check_param(name, p)
+        except Exception:
+            # A refused group must not stay behind half added.
+            del self.param_groups[-1]
+            raise
+        self._forget_caches()
+
+    def _check_param(self, name: str, p: Tensor) -> None:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} optimizes real floating-point tensors; {name} is {p.dtype}"
+            )
+
+    def _names_of(self, group: Mapping[str, Any]) -> list[str]:
+        """Names of a group's params: as given, else by position over all groups."""
+        if "param_names" in group:
+            return list(group["param_names"])
+        first = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            first += len(other["params"])
+        return [f"param_{first + i}" for i in range(len(group["params"]))]
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _all_names(self) -> list[str]:
+        return [name for group in self.param_groups for name in self._names_of(group)]
+
+    # --- numbers of a step, on the device --------------------------------------------------------
+
+    def _forget_caches(self) -> None:
+        """Whatever was derived from groups or state is derived again at the next step."""
+        self._tables: dict[torch.device, tuple[Any, Tensor]] = {}
+        self._group_of: dict[torch.device, Tensor] = {}
+        self._counters: dict[torch.device, Tensor] = {}
+        self._ratios: dict[torch.device, Tensor] = {}
+
+    def _hyperparameters(self, device: torch.device) -> rule.Hyperparameters:
+        """The groups' options, float64, one column each, gathered to [params] on ``device``."""
+        rows = tuple(tuple(rule.hyperparameters(group)) for group in self.param_groups)
+        cached = self._tables.get(device)
+        if cached is None or cached[0] != rows:
+            table = torch.tensor(rows, dtype=torch.float64)
+            if device.type == "cuda":
+                table = table.pin_memory()
+            cached = self._tables[device] = (rows, table.to(device, non_blocking=True))
+        if device not in self._group_of:
+            sizes = torch.tensor([len(group["params"]) for group in self.param_groups])
+            self._group_of[device] = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+        table = cached[1]
+        lrs = [(i, g["lr"]) for i, g in enumerate(self.param_groups) if isinstance(g["lr"], Tensor)]
+        if lrs:
+            table = table.clone()
+            for i, lr in lrs:
+                table[i, 0] = lr.detach().to(device, torch.float64, non_blocking=True).view(())
+        return rule.Hyperparameters(*table[self._group_of[device]].unbind(1))
+
+    def _steps(self, device: torch.device) -> Tensor:
+        """float32 [params], the params' step counts; ``state[p]["step"]`` are views of it."""
+        if device not in self._counters:
+            params = self._all_params()
+            counters = torch.zeros(len(params), dtype=torch.float32, device=device)
+            for i, p in enumerate(params):
+                if p.device == device and p in self.state and "step" in self.state[p]:
+                    # Older or foreign state dicts hold plain numbers.
+                    counters[i] = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
+                    self.state[p]["step"] = counters[i]
+            self._counters[device] = counters
+        return self._counters[device]
+
+    # --- the step --------------------------------------------------------------------------------
+
+    def _update(
+        self,
+        works: Sequence[Work],
+        active: Mapping[torch.device, Tensor],
+        norms: Norms,
+        masked: bool,
+    ) -> None:
+        """Phases 2-6 of a step (DESIGN: clip, moments, norms, trust ratio, apply) on local tensors.
+
+        ``active`` are bool [params], per device; ``masked`` says that rows of inactive params are
+        among the works too, with zero gradients. Nothing here waits for a device.
+        """
+        backends = [kernels.select(self.impl, w.device, w.numel) for w in works]
+        on = {d: [(w, k) for w, k in zip(works, backends) if w.device == d] for d in active}
+
+        # 2. clip coefficient and overflow flag, of all params on all ranks
+        scale, overflow = self._gradient_scale(list(zip(works, backends)), norms)
+
+        coefficients, sums = {}, {}
+        for device, steps in ((d, self._steps(d)) for d in active):
+            h = self._hyperparameters(device)
+            if scale is not None:
+                scale = scale.to(device)
+                s = h.sign * scale[0]
+                if any(map(options.clips, self.param_groups)):
+                    s = s * rule.clip_coefficient(scale[1], h.max_grad_norm)
+            elif any(group["maximize"] for group in self.param_groups):
+                s = h.sign
+            else:
+                s = None
+            taking_part = active[device]
+            if overflow is not None:
+                taking_part = taking_part & ~overflow.to(device)
+            l2 = any(not group["decoupled"] for group in self.param_groups)
+            t = steps + 1
+            c = rule.coefficients(h, t.double(), s, l2)
+            if masked or overflow is not None:
+                c = rule.only_where(taking_part, c, guard=overflow is not None)
+
+            # 3. moments, and sums of squares of x and u: [x^2, u^2, updated] per param
+            local = torch.zeros(len(t), 3, dtype=torch.float64, device=device)
+            for work, backend in on[device]:
+                local[:, :2] += work.rows.sum(backend.moments(work, c.to(work.dtype)))
+            local[:, 2] = self._counts(h, taking_part, [w for w, _ in on[device]])
+            coefficients[device] = (h, c, t)
+            # 4. over ranks: one all-reduce
+            sums[device] = norms.per_param(local)
+
+        for device, (h, c, t) in coefficients.items():
+            # 5. trust ratio
+            x_sq, u_sq, updated = sums[device].unbind(1)
+            rho = rule.trust_ratio(x_sq, u_sq, h)
+            self._counters[device].copy_(torch.where(updated > 0, t, self._counters[device]))
+            self._ratios[device] = torch.where(updated > 0, rho, torch.nan)
+            # 6. x <- x - lr * rho * u
+            step_size = torch.where(updated > 0, h.lr * rho, 0.0)
+            for work, backend in on[device]:
+                backend.apply(work, c.to(work.dtype), step_size.to(work.dtype))
+
+    def _gradient_scale(
+        self, works: Sequence[tuple[Work, kernels.Kernels]], norms: Norms
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """([1 / loss scale, squared norm of all unscaled gradients], overflow); None if unused.
+
+        ``grad_scale`` and ``found_inf`` are the attributes torch.amp.GradScaler sets around step().
+        """
+        loss_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        clip = any(map(options.clips, self.param_groups))
+        if not clip and loss_scale is None and found_inf is None:
+            return None, None
+        home = works[0][0].device if works else next(iter(self._counters))
+        total = torch.zeros(2, dtype=torch.float64, device=home)
+        if clip:
+            for work, backend in works:
+                total[0] += backend.grad_sq(work).sum().to(home)
+        if found_inf is not None:
+            total[1] = torch.as_tensor(found_inf, device=home).sum()
+        if clip or found_inf is not None:
+            total = norms.over_all(total)
+        inverse = torch.ones_like(total[0])
+        if loss_scale is not None:
+            inverse = loss_scale.to(home, torch.float64).reciprocal().view(())
+        scale = torch.stack([inverse, total[0] * inverse * inverse])
+        return scale, None if found_inf is None else total[1] > 0
+
+    def _counts(
+        self, h: rule.Hyperparameters, taking_part: Tensor, works: Sequence[Work]
+    ) -> Tensor:
+        """Which params' steps count: those that take part, float64 [params].
+
+        torch.distributed.checkpoint makes optimizers create their state by a step with lr = 0 and
+        zero gradients. That must leave no counter behind, or the first real step would be
+        bias-corrected as the second; so at lr = 0 only params whose moments are not all zero count.
+        """
+        counts = taking_part.double()
+        known_zero = any(
+            (lr.device.type == "cpu" and not lr.any()) if isinstance(lr, Tensor) else lr == 0
+            for lr in (group["lr"] for group in self.param_groups)
+        )
+        if known_zero:
+            seen = torch.zeros_like(counts)
+            for w in works:
+                rows = [(b.exp_avg != 0).any(dim=1).double() for b in w.blocks]
+                seen += w.rows.sum(torch.cat(rows)) if rows else 0.0
+            counts = counts * ((h.lr != 0) | (seen > 0))
+        return counts
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """{name: trust ratio of the last step, a float64 0-d tensor on the param's device}.
+
+        NaN for a param that took no part in the last step. Reading the values synchronizes with
+        the device; calling this does not.
+        """
+        found = {}
+        for i, (name, p) in enumerate(zip(self._all_names(), self._all_params())):
+            if p.device in self._ratios:
+                found[name] = self._ratios[p.device][i]
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, "impl": self.impl, "_step_supports_amp_scaling": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}.items():
+                group.setdefault(name, value)
+        self._forget_caches()
+        loading = self.__dict__.get("_loading")
+        if loading:
+            self._load_tensors(loading)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer.load_state_dict, but float32 state of half params stays float32.
+
+        Raises ``ValueError`` naming a param whose saved state has another shape, or an option that
+        is not valid; nothing is changed then.
+        """
+
+        def keep_tensors(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            self._loading = self._tensors_by_param(saved)
+            # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
+            # gets to see none of them but the step.
+            rest = {
+                key: {n: v for n, v in entry.items() if n not in TENSOR_STATES}
+                for key, entry in saved["state"].items()
+            }
+            return {**saved, "state": rest}
+
+        # Registered last, so it sees what the user's own hooks made of the state dict.
+        handle = self.register_load_state_dict_pre_hook(keep_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_loading", None)
+
+    def _tensors_by_param(self, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """The large tensors of a state dict, by param, once all of it is known to fit."""
+        for group in saved["param_groups"]:
+            options.check_group({**self.defaults, **group})
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
+        for key, name, p in zip(ids, self._all_names(), self._all_params()):
+            entry = saved["state"].get(key, {})
+            found[p] = {n: entry[n] for n in TENSOR_STATES if n in entry}
+            for state, value in found[p].items():
+                if value.shape != p.shape:
+                    raise ValueError(
+                        f"loaded {state} of {name} has shape {tuple(value.shape)}, "
+                        f"the param has {tuple(p.shape)}"
+                    )
+        return found
+
+    def _load_tensors(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Take over the large state tensors by param; called when groups and steps are in place."""
+        for p, tensors in loaded.items():
+            for name, value in tensors.items():
+                self.state[p][name] = state_like(p, value)

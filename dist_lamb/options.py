@@ -1,0 +1,137 @@
+"""The options of LAMB: their names, defaults, checks and presets.
+
+Every option lives in a torch parameter group, so it may differ between groups, is saved in
+``state_dict()`` and can be changed between steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import Tensor
+
+IMPLS: Final = ("auto", "reference", "foreach", "compiled")
+
+#: Options that belong to the rule, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``).
+RULE_DEFAULTS: Final[dict[str, Any]] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.01,
+    "grad_averaging": True,
+    "bias_correction": True,
+    "decoupled": True,
+    "max_grad_norm": None,
+    "adapt": "all",
+    "trust_clip": None,
+    "phi": None,
+    "maximize": False,
+}
+
+#: torch.optim's implementation flags; they select ``impl`` and are kept in the groups because
+#: trainers read them there.
+TORCH_FLAGS: Final[dict[str, Any]] = {"foreach": None, "capturable": False, "fused": None}
+
+_PRESETS: Final[dict[str, dict[str, Any]]] = {
+    # The paper's ICLR version.
+    "v5": {},
+    # The paper's third arXiv version: no bias correction.
+    "v3": {"bias_correction": False},
+    # NVIDIA's NVLAMB: gradients clipped to global norm 1 first, every tensor adapted.
+    "nvlamb": {"max_grad_norm": 1.0},
+    # apex FusedLAMB's defaults: as NVLAMB, but only decayed tensors are adapted.
+    "apex": {"max_grad_norm": 1.0, "adapt": "decayed"},
+    # timm Lamb's defaults.
+    "timm": {"max_grad_norm": 1.0, "adapt": "decayed"},
+    # LAMBC: the trust ratio never above 1.
+    "lambc": {"trust_clip": (0.0, 1.0)},
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Options under which ``Lamb(params, **preset(name))`` computes what ``name`` names.
+
+    ``"v5"`` (the default), ``"v3"``, ``"nvlamb"``, ``"apex"``, ``"timm"``, ``"lambc"``.
+    NVIDIA's BERT recipes are ``preset("apex")`` with biases and normalisation weights in a
+    ``weight_decay=0`` group, which :func:`dist_lamb.param_groups` makes.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"Unknown preset: {name!r}; known: {', '.join(_PRESETS)}")
+    return dict(_PRESETS[name])
+
+
+def resolve_impl(impl: str, foreach: bool | None, fused: bool | None) -> str:
+    """The ``impl`` meant by our argument and torch's ``foreach``/``fused`` flags together."""
+    if impl not in IMPLS:
+        raise ValueError(f"Invalid impl: {impl!r}; known: {', '.join(IMPLS)}")
+    if foreach and fused:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if foreach:
+        if impl not in ("auto", "foreach"):
+            raise ValueError(f"foreach=True contradicts impl={impl!r}")
+        return "foreach"
+    # fused=True asks for the fastest fused code there is, which is what "auto" chooses;
+    # False and None ask for nothing.
+    return impl
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_range(name: str, value: object) -> None:
+    ok = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value))
+    if not ok or not 0.0 <= value[0] <= value[1]:  # type: ignore[index]
+        raise ValueError(
+            f"Invalid {name} value: {value!r}; None or (lo, hi) with 0 <= lo <= hi expected"
+        )
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` naming the first option of a parameter group that is not valid.
+
+    The texts start as torch.optim's do (``Invalid learning rate: ...``).
+    """
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif not _is_number(lr) or not 0.0 <= lr < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr!r}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; a pair expected")
+    for i, beta in enumerate(betas):
+        if not _is_number(beta) or not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta!r}")
+    for name in ("eps", "weight_decay"):
+        if not _is_number(group[name]) or not 0.0 <= group[name] < math.inf:
+            raise ValueError(f"Invalid {name} value: {group[name]!r}")
+    for name in ("grad_averaging", "bias_correction", "decoupled", "maximize"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"Invalid {name} value: {group[name]!r}; True or False expected")
+    limit = group["max_grad_norm"]
+    # 0 means off: clipping to norm 0, as apex and timm do, would erase every gradient.
+    if limit is not None and (not _is_number(limit) or not limit >= 0.0):
+        raise ValueError(f"Invalid max_grad_norm value: {limit!r}; None or a number >= 0 expected")
+    adapt = group["adapt"]
+    if not isinstance(adapt, bool) and adapt not in ("all", "decayed"):
+        raise ValueError(
+            f"Invalid adapt value: {adapt!r}; 'all', 'decayed', True or False expected"
+        )
+    for name in ("trust_clip", "phi"):
+        if group[name] is not None:
+            _check_range(name, group[name])
+
+
+def clips(group: Mapping[str, Any]) -> bool:
+    """Whether this group's gradients are clipped by the global norm."""
+    return bool(group["max_grad_norm"])
+
+
+def adapts(group: Mapping[str, Any]) -> bool:
+    """Whether this group's tensors get a trust ratio other than 1."""
+    adapt = group["adapt"]
+    return group["weight_decay"] != 0 if adapt == "decayed" else bool(adapt)

@@ -1,0 +1,81 @@
+"""Parameter groups by name: what decays, and what the trust ratio applies to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+#: Regular expressions searched for in a param's name, or a predicate of (name, param).
+Selector: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool]
+
+
+def param_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    weight_decay: float = 0.01,
+    *,
+    no_decay: Selector | None = None,
+    no_adapt: Selector = (),
+) -> list[dict[str, Any]]:
+    """Named groups for ``Lamb(param_groups(model), ...)``; empty ones are left out.
+
+    Args:
+        model: a module, or its ``named_parameters()``. Frozen params are left out; a tied param
+            comes once.
+        weight_decay: of everything but ``no_decay``.
+        no_decay: params with weight decay 0. Default: tensors of fewer than two dims, which are
+            the biases and normalisation weights.
+        no_adapt: params with trust ratio 1, whatever their decay.
+
+    Raises:
+        ValueError: a pattern that matches no param (most often a typo), or no params at all.
+    """
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    params = [(name, p) for name, p in named if p.requires_grad]
+    if not params:
+        raise ValueError("param_groups got no trainable params")
+    plain = _selected("no_decay", no_decay, params)
+    if no_decay is None:
+        plain = {name for name, p in params if len(_logical_shape(p)) < 2}
+    fixed = _selected("no_adapt", no_adapt, params)
+    groups: list[dict[str, Any]] = []
+    for decays in (True, False):
+        for adapts in (True, False):
+            chosen = [
+                (n, p)
+                for n, p in params
+                if (n not in plain) == decays and (n not in fixed) == adapts
+            ]
+            if chosen:
+                group: dict[str, Any] = {"params": chosen}
+                group["weight_decay"] = weight_decay if decays else 0.0
+                if not adapts:
+                    # Only set where it differs: the optimizer's own default decides the rest.
+                    group["adapt"] = False
+                groups.append(group)
+    return groups
+
+
+def _logical_shape(p: Tensor) -> tuple[int, ...]:
+    # Under DeepSpeed's zero.Init a param is an empty vector and carries its shape beside it.
+    return tuple(getattr(p, "ds_shape", p.shape))
+
+
+def _selected(
+    what: str, selector: Selector | None, params: Sequence[tuple[str, Tensor]]
+) -> set[str]:
+    if selector is None:
+        return set()
+    if callable(selector):
+        return {name for name, p in params if selector(name, p)}
+    if isinstance(selector, str):
+        raise ValueError(f"{what} takes a sequence of patterns, got the string {selector!r}")
+    found: set[str] = set()
+    for pattern in selector:
+        matching = {name for name, _ in params if re.search(pattern, name)}
+        if not matching:
+            raise ValueError(f"{what}: pattern {pattern!r} matches no param")
+        found |= matching
+    return found

@@ -1,0 +1,1 @@
+"""Where the bytes of a sharded model live, and how they move between ranks."""

@@ -1,0 +1,73 @@
+"""How the bytes of a parameter and of its state are stored when the optimizer owns no buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Moments and masters, the state that is as large as the parameter.
+TENSOR_STATES = ("exp_avg", "exp_avg_sq", "master")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of moments, masters and arithmetic for params of ``dtype``: float32, or float64.
+
+    Half-precision moments are wrong, not only coarse: in float16 the square of 1e-4 is 0.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def needs_master(dtype: torch.dtype) -> bool:
+    return dtype != state_dtype(dtype)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether ``t``'s elements fill a range of memory without gaps or overlaps, in any order."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for size, stride in sorted(zip(t.shape, t.stride()), key=lambda pair: pair[1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def flat_row(t: Tensor) -> Tensor:
+    """A dense tensor's memory as one row [1, numel], in the order of the memory."""
+    return t.as_strided((1, t.numel()), (t.numel(), 1))
+
+
+def as_laid_out(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with the strides of the dense tensor ``like``, copied only where they differ.
+
+    A gradient may come in another memory format than its parameter (channels_last against
+    contiguous); read in memory order the two would be paired up wrongly.
+    """
+    if t.stride() == like.stride():
+        return t
+    out = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device)
+    return out.copy_(t)
+
+
+def state_like(p: Tensor, value: Tensor | None = None) -> Tensor:
+    """A state tensor for ``p``, its strides where they are dense: zeros, or a copy of ``value``."""
+    out = torch.zeros_like(p, dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
+    return out if value is None else out.copy_(value)
+
+
+def complete_state(p: Tensor, dense: Tensor, state: dict[str, Tensor]) -> None:
+    """Create what is missing of ``p``'s moments and master, and lay all out as ``dense`` is.
+
+    ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps.
+    """
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in state:
+            state[name] = state_like(dense)
+    if needs_master(p.dtype) and "master" not in state:
+        state["master"] = state_like(dense, dense)
+    for name in TENSOR_STATES:
+        # The param may have changed its memory format since.
+        if name in state:
+            state[name] = as_laid_out(state[name], dense)

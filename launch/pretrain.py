@@ -1,0 +1,379 @@
+"""BERT masked-language-model pretraining with LAMB.
+
+    torchrun --standalone --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
+    python launch/pretrain.py configs/quickstart.toml --set optim.lr=1e-2 train.steps=100
+
+The run directory receives ``config.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
+``checkpoint.pt`` and ``curves.png``. The same file is every run: what differs is in ``configs/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pretraining import checkpoint, curves
+from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, to_device
+from pretraining.config import ConfigError, PretrainConfig, load_config
+from pretraining.engines import Engine, build_engine
+from pretraining.masking import Masking, stream_key
+from pretraining.model import build_model
+from pretraining.ranks import Ranks, started
+from pretraining.report import (
+    LOG_NAME,
+    HeldOutRow,
+    Report,
+    TrainRow,
+    clock,
+    compact,
+    is_finite,
+    open_report,
+    read_log,
+    summarize_trust,
+)
+from pretraining.sources import CorpusError
+from pretraining.tokens import TokenCache, prepare_tokens
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from dist_lamb import schedules
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+def train(config: PretrainConfig, ranks: Ranks) -> None:
+    """The whole run, from the text to the picture. Every rank calls it."""
+    began = time.monotonic()
+    tokens = _shared_tokens(config, ranks)
+    masking = Masking(fraction=config.data.mask_fraction, vocabulary=tokens.vocabulary)
+    batches, held_out = _batches(config, tokens, masking, ranks)
+
+    model = build_model(config.model, config.data, config.train.seed)
+    if config.train.init_from:
+        model.load_state_dict(checkpoint.initial_weights(Path(config.train.init_from)))
+    engine = build_engine(model.to(ranks.device), config.optim, _scaled_lr(config))
+    scheduler = schedules.warmup_linear_decay(
+        engine.optimizer, _warmup_steps(config, len(batches.sequences)), config.train.steps
+    )
+
+    run_dir = config.run_dir
+    saved = run_dir / checkpoint.FILE_NAME
+    first_step, changes = 0, []
+    if config.train.resume == "auto" and saved.exists():
+        content = checkpoint.load(saved)
+        changes = checkpoint.resume(content, config, tokens.digest, engine, scheduler, batches)
+        first_step = content["step"]
+        del content
+    # Rank 0 makes run_dir below and would look newer to a slower rank's `exists` above.
+    ranks.barrier()
+
+    with _report(config, tokens, ranks, first_step) as report:
+        report.say(tokens.describe())
+        report.say(_describe(config, model, batches, ranks))
+        if first_step:
+            report.say(f"resumed at step {first_step} from {saved}")
+        for change in changes:
+            report.say(f"changed since: {change}")
+        loop = _Loop(config, ranks, engine, scheduler, batches, held_out, report)
+        if not first_step:
+            loop.evaluate(0)
+        elif first_step >= config.train.steps:
+            report.say(f"nothing left to do: train.steps = {config.train.steps}")
+        for step in range(first_step + 1, config.train.steps + 1):
+            loop.step(step)
+            if _is_due(step, config.train.eval_every, config.train.steps):
+                loop.evaluate(step)
+            if _is_due(step, config.train.save_every, config.train.steps):
+                loop.flush()
+                checkpoint.save(
+                    saved, step, config, tokens.digest, engine, scheduler, batches, ranks
+                )
+                loop.restart_clock()
+        if ranks.rank == 0:
+            report.say(_summary(config, first_step, time.monotonic() - began))
+
+
+class _Loop:
+    """Steps and evaluations. Losses stay on the device until they are reported."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks,
+        engine: Engine,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        batches: TrainBatches,
+        held_out: HeldOutBatches,
+        report: Report,
+    ) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._engine = engine
+        self._scheduler = scheduler
+        self._batches = batches
+        self._held_out = held_out
+        self._report = report
+        self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
+        self._pending: list[tuple[int, Tensor, float]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Evaluations and checkpoints are no part of tokens/s."""
+        self._clock = time.monotonic()
+
+    def step(self, step: int) -> None:
+        config, engine, batches = self._config.train, self._engine, self._batches
+        torch.manual_seed(stream_key("dropout", config.seed, step, self._ranks.rank))
+        engine.model.train()
+        total = torch.zeros((), device=self._ranks.device)
+        for index, micro_batch in enumerate(batches.next_batch(), start=1):
+            with engine.micro_batch(last=index == batches.micro_batches):
+                with self._autocast():
+                    losses, _ = engine.model(*to_device(micro_batch, self._ranks.device))
+                loss = losses.mean() / batches.micro_batches
+                engine.backward(loss)
+            total += loss.detach()
+        # Read before the schedule moves on: this is the lr the step is made with.
+        lr = self._scheduler.get_last_lr()[0]
+        engine.step()
+        self._scheduler.step()
+        self._pending.append((step, total, lr))
+        if step % config.log_every == 0 or step == config.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Report the steps since the last time: one all-reduce and one wait for the device.
+
+        Raises:
+            Diverged: on every rank alike, since all of them see the same mean.
+        """
+        if not self._pending:
+            return
+        losses = self._ranks.mean(torch.stack([loss for _, loss, _ in self._pending]))
+        seconds = time.monotonic() - self._clock
+        tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
+        rows = [
+            TrainRow(step, loss, float(lr), tokens / seconds)
+            for (step, _, lr), loss in zip(self._pending, losses.tolist(), strict=True)
+        ]
+        trust = self._engine.trust_ratios()
+        if self._ranks.rank == 0:
+            rows[-1] = replace(rows[-1], trust=summarize_trust(trust, self._shapes))
+        self._report.train(rows)
+        self._pending = []
+        self.restart_clock()
+        if not is_finite(rows):
+            first = next(row for row in rows if not is_finite([row]))
+            raise Diverged(
+                f"the loss is {first.loss} at step {first.step} (lr {first.lr:.2e}); "
+                "lower optim.lr or lengthen the warm-up"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        """Loss and accuracy on the held-out sequences, reported as of after ``step``."""
+        self.flush()
+        device = self._ranks.device
+        self._engine.model.eval()
+        # loss, hits, sequences; float64 so that the split over ranks leaves no trace
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for sequences, weights in self._held_out:
+            input_ids, positions, labels = to_device(sequences, device)
+            with self._autocast():
+                losses, logits = self._engine.model(input_ids, positions, labels)
+            hits = (logits.argmax(dim=-1) == labels).double().mean(dim=1)
+            each = torch.stack([losses.double().mean(dim=1), hits, torch.ones_like(hits)])
+            sums += each @ torch.from_numpy(weights).to(device)
+        loss, hits, count = self._ranks.sum(sums).tolist()
+        self._report.held_out(HeldOutRow(step, loss / count, hits / count))
+        self.restart_clock()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._config.train.autocast == "none":
+            return nullcontext()
+        return torch.autocast(self._ranks.device.type, dtype=torch.bfloat16)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _shared_tokens(config: PretrainConfig, ranks: Ranks) -> TokenCache:
+    """The token cache, made by rank 0 while the others wait, and once more on every machine that
+    does not see rank 0's disk.
+
+    Raises:
+        CorpusError: on every rank: no text, too little, or another text on another machine.
+    """
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    made: TokenCache | CorpusError | None = None
+    if ranks.rank == 0:
+        try:
+            made = prepare_tokens(config.data, say)
+        except CorpusError as error:
+            # Raised here alone, it would leave the others to fail with a lost connection.
+            made = error
+    first = ranks.from_first(made)
+    if isinstance(first, CorpusError):
+        raise first
+    if ranks.local_rank == 0 and not first.exists():
+        prepare_tokens(config.data, say)
+    ranks.barrier()
+    if not ranks.same(TokenCache.open(first.directory).digest if first.exists() else ""):
+        raise CorpusError(
+            f"data.path = {config.data.path!r}: the machines of this job have different text"
+        )
+    return first
+
+
+def _batches(
+    config: PretrainConfig, tokens: TokenCache, masking: Masking, ranks: Ranks
+) -> tuple[TrainBatches, HeldOutBatches]:
+    seq_len, of = config.data.seq_len, config.train
+    try:
+        train = TrainBatches(
+            PackedSequences(tokens.train, seq_len, "training"),
+            masking,
+            seed=of.seed,
+            global_batch=of.global_batch,
+            micro_batch=of.micro_batch,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    except CorpusError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    held_out = HeldOutBatches(
+        sequences=PackedSequences(tokens.held_out, seq_len, "held-out"),
+        masking=masking,
+        count=of.eval_sequences,
+        batch=train.micro_batch,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    return train, held_out
+
+
+def _scaled_lr(config: PretrainConfig) -> float:
+    optim = config.optim
+    return schedules.sqrt_scaled_lr(optim.lr, optim.base_batch, config.train.global_batch)
+
+
+def _warmup_steps(config: PretrainConfig, samples_per_epoch: int) -> int:
+    """
+    Raises:
+        ConfigError: the warm-up is longer than the run.
+    """
+    optim, of = config.optim, config.train
+    if optim.warmup_epochs is None:
+        assert optim.warmup_fraction is not None
+        return round(optim.warmup_fraction * of.steps)
+    # Linear-epoch warm-up: the epochs of warm-up grow with the batch as the steps of an epoch
+    # shrink.
+    epochs = optim.warmup_epochs * of.global_batch / optim.base_batch
+    steps = schedules.linear_epoch_warmup_steps(epochs, samples_per_epoch, of.global_batch)
+    if steps >= of.steps:
+        raise ConfigError(
+            f"optim.warmup_epochs = {optim.warmup_epochs:g} is {steps} steps of "
+            f"{samples_per_epoch} sequences an epoch, the whole run only {of.steps}"
+        )
+    return steps
+
+
+def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step: int) -> Report:
+    if ranks.rank:
+        return Report([])
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not first_step:
+        for name in (checkpoint.FILE_NAME, curves.FILE_NAME):
+            (run_dir / name).unlink(missing_ok=True)
+    content = json.dumps(config.as_dict(), indent=1) + "\n"
+    (run_dir / "config.json").write_text(content, encoding="utf-8")
+    shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
+    return open_report(run_dir, first_step, config.train.steps)
+
+
+def _describe(
+    config: PretrainConfig, model: torch.nn.Module, batches: TrainBatches, ranks: Ranks
+) -> str:
+    optim, of = config.optim, config.train
+    parameters = sum(p.numel() for p in model.parameters())
+    epochs = of.steps * of.global_batch / len(batches.sequences)
+    return (
+        f"model: BERT with {compact(parameters)} parameters\n"
+        f"ranks: {ranks.world_size} on {ranks.device.type}, engine {optim.engine}, "
+        f"ZeRO stage {optim.stage}, {torch.get_num_threads()} threads a rank\n"
+        f"batch: {of.global_batch} sequences of {config.data.seq_len} tokens, "
+        f"{batches.micro_batches} micro-batches of {batches.micro_batch} a rank\n"
+        f"schedule: {of.steps} steps ({epochs:.2f} epochs), lr {_scaled_lr(config):.3g} after "
+        f"{_warmup_steps(config, len(batches.sequences))} steps of warm-up, then linear to 0"
+    )
+
+
+def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
+    run_dir, of = config.run_dir, config.train
+    picture = curves.draw(run_dir, f"BERT pretraining with LAMB: {run_dir.name}")
+    held_out = [row for row in read_log(run_dir / LOG_NAME) if row["kind"] == "held_out"]
+    first, last = held_out[0], held_out[-1]
+    steps = of.steps - first_step
+    tokens = steps * of.global_batch * config.data.seq_len
+    return (
+        f"held-out loss {first['loss']:.3f} -> {last['loss']:.3f} "
+        f"({last['loss'] - first['loss']:+.3f} nats), masked accuracy "
+        f"{100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} %; "
+        f"{compact(tokens)} tokens in {clock(seconds)}\n"
+        f"picture {picture}, log {run_dir / LOG_NAME}, "
+        f"checkpoint {run_dir / checkpoint.FILE_NAME}, "
+        f"tensorboard --logdir {run_dir / 'tensorboard'}"
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="BERT pretraining with LAMB, on as many ranks as torchrun starts."
+    )
+    parser.add_argument("config", help="a TOML file, e.g. configs/quickstart.toml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="settings that replace those of the file",
+    )
+    return parser.parse_args(argv)
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        with started(config.train) as ranks:
+            train(config, ranks)
+    except (ConfigError, CorpusError, Diverged) as error:
+        # The user's to mend: one line a machine says more than a traceback a rank.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

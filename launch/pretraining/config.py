@@ -1,0 +1,341 @@
+"""Configuration: a TOML file and ``--set section.key=value``, checked before anything starts.
+
+Each section of the file is one frozen dataclass. A field's annotation is its whole check: the type
+is compared, numbers carry their range, choices are ``Literal``. Nothing is ignored: an unknown key,
+a missing key and a value of the wrong type are errors that name the key and where it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Bounds of a number; a missing bound is infinite."""
+
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            self.above < value < self.below
+            and self.at_least <= value <= self.at_most
+            and math.isfinite(value)
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+
+
+PositiveInt = Annotated[int, Range(at_least=1)]
+Count = Annotated[int, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(at_least=0)]
+Fraction = Annotated[float, Range(above=0, below=1)]
+Probability = Annotated[float, Range(at_least=0, below=1)]
+
+
+class _FieldError(ValueError):
+    """A bad value of one field; the loader adds the section and the file."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.key = key
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            try:
+                value = _converted(hints[field.name], given)
+            except ValueError:
+                wanted = _describe(hints[field.name])
+                raise _FieldError(
+                    field.name, f"must be {wanted}, got {given!r} ({type(given).__name__})"
+                ) from None
+            object.__setattr__(self, field.name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
+    """``[model]``: the fields of ``transformers.BertConfig``, by their names there."""
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    max_position_embeddings: PositiveInt = 512
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise _FieldError(
+                "hidden_size",
+                f"({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section):
+    """``[data]``: the text, its tokens and its masks."""
+
+    path: str = "stdlib"
+    """``stdlib`` = the sources and help texts of the running Python; else a file, a folder or a
+    glob of text files."""
+    vocab_size: Annotated[int, Range(at_least=256)]
+    seq_len: Annotated[int, Range(at_least=8)]
+    """Tokens a sequence, [CLS] and [SEP] included."""
+    mask_fraction: Fraction = 0.15
+    held_out_fraction: Fraction = 0.05
+    """Share of the documents, chosen by their hash, that is never trained on."""
+    document_bytes: Annotated[int, Range(at_least=256)] = 65_536
+    """A longer file is cut at line ends into documents of at most this size."""
+    tokenizer_bytes: PositiveInt = 268_435_456
+    """The tokenizer is trained on about this much of the training text, chosen by hash."""
+    cache_dir: str = "runs/cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Section):
+    """``[optim]``: LAMB and the paper's schedule. lr and warm-up are those of ``base_batch``."""
+
+    engine: Literal["sharded"] = "sharded"
+    stage: Literal[1, 2] = 2
+    lr: Positive
+    """At ``base_batch``; scaled by sqrt(train.global_batch / base_batch)."""
+    base_batch: PositiveInt
+    warmup_epochs: NonNegative | None = None
+    """At ``base_batch``; scaled by train.global_batch / base_batch (linear-epoch warm-up)."""
+    warmup_fraction: Probability | None = None
+    """Instead of ``warmup_epochs``: the share of train.steps, not scaled."""
+    weight_decay: NonNegative = 0.01
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Positive = 1e-6
+    max_grad_norm: NonNegative = 1.0
+    """Of the whole gradient; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.warmup_epochs is None) == (self.warmup_fraction is None):
+            raise _FieldError(
+                "warmup_epochs", "or warmup_fraction must be given, and only one of the two"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Section):
+    """``[train]``: the run."""
+
+    steps: PositiveInt
+    global_batch: PositiveInt
+    """Sequences an optimizer step, over all ranks and micro-batches."""
+    micro_batch: PositiveInt
+    """At most this many sequences a rank and forward pass."""
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    autocast: Literal["none", "bf16"] = "none"
+    log_every: PositiveInt = 10
+    eval_every: Count = 0
+    """Steps between held-out evaluations besides the first and the last; 0 = only those two."""
+    eval_sequences: PositiveInt = 512
+    save_every: Count = 0
+    """Steps between checkpoints besides the one at the end; 0 = only that one."""
+    run_dir: str = ""
+    """Where everything is written; empty = ``runs/<name of the config file>``."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: continue from the checkpoint in ``run_dir`` if there is one."""
+    init_from: str = ""
+    """A checkpoint whose weights start the run (BERT's second phase starts from its first)."""
+    timeout_minutes: Positive = 30.0
+    """A rank that waits longer than this for another one ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """The whole file.
+
+    Raises:
+        ConfigError: sections that contradict each other.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.seq_len ({self.data.seq_len}) is longer than "
+                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.train.run_dir)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """Read ``path`` and apply ``overrides``, each ``section.key=value`` with value in TOML syntax
+    (a bare word is a string, ``none`` unsets an optional key).
+
+    Raises:
+        ConfigError: anything that is not a valid run; the message says what and where.
+    """
+    path = Path(path)
+    sections = _read_toml(path)
+    origins: dict[tuple[str, str], str] = {}
+    for override in overrides:
+        section, key, text = _split_override(override)
+        value = _override_value(section, key, text)
+        sections.setdefault(section, {})[key] = value
+        origins[section, key] = f"--set {override}"
+    if not sections.setdefault("train", {}).get("run_dir"):
+        sections["train"]["run_dir"] = f"runs/{path.stem}"
+
+    built: dict[str, Any] = {}
+    for section, owner in _SECTIONS.items():
+        values = sections.get(section, {})
+        names = {field.name: field for field in dataclasses.fields(owner)}
+        for key in values:
+            if key not in names:
+                origin = origins.get((section, key), str(path))
+                raise ConfigError(f"{origin}: {_unknown(section, key)}")
+        for key, field in names.items():
+            if key not in values and field.default is dataclasses.MISSING:
+                raise ConfigError(f"{path}: {section}.{key} is missing")
+        try:
+            built[section] = owner(**values)
+        except _FieldError as error:
+            origin = origins.get((section, error.key), str(path))
+            raise ConfigError(f"{origin}: {section}.{error}") from None
+    try:
+        return PretrainConfig(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for section, values in content.items():
+        if section not in _SECTIONS:
+            kind = "section" if isinstance(values, dict) else "key outside a section:"
+            raise ConfigError(f"{path}: unknown {kind} {section}; sections are {_listed()}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {section} must be a section, [{section}]")
+    return content
+
+
+def _split_override(override: str) -> tuple[str, str, str]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise ConfigError(f"--set {override}: must be section.key=value")
+    if section not in _SECTIONS:
+        raise ConfigError(f"--set {override}: unknown section {section}; sections are {_listed()}")
+    return section, key, text.strip()
+
+
+def _override_value(section: str, key: str, text: str) -> Any:
+    hint = get_type_hints(_SECTIONS[section], include_extras=True).get(key)
+    # A run named 2024 or a file named 1e-3 must stay text.
+    if hint is str:
+        return text.strip("\"'")
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _unknown(section: str, key: str) -> str:
+    names = [field.name for field in dataclasses.fields(_SECTIONS[section])]
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {section}.{close[0]}?" if close else f"keys are {', '.join(names)}"
+    return f"unknown key {section}.{key}; {hint}"
+
+
+def _listed() -> str:
+    return ", ".join(f"[{name}]" for name in _SECTIONS)
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    """``value`` as ``hint`` asks; ValueError where it does not fit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        number = _converted(args[0], value)
+        if number not in args[1]:
+            raise ValueError
+        return number
+    if origin is Literal:
+        for choice in args:
+            # True == 1, and a TOML file that says so is wrong.
+            if value == choice and type(value) is type(choice):
+                return choice
+        raise ValueError
+    if origin in (Union, types.UnionType):
+        return None if value is None else _converted(args[0], value)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(args):
+            raise ValueError
+        return tuple(_converted(arg, item) for arg, item in zip(args, value, strict=True))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError
+    return value
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_describe(args[0])} {args[1]}"
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return _describe(args[0])
+    if origin is tuple:
+        return f"a list of {len(args)} values, each {_describe(args[0])}"
+    names: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string"}
+    return names.get(hint, hint.__name__)

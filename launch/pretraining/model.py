@@ -1,0 +1,52 @@
+"""The model: Hugging Face BERT, with the vocabulary projection on the masked positions alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
+
+from pretraining.config import DataConfig, ModelConfig
+from pretraining.tokens import PAD_ID
+
+
+class PretrainBert(BertForMaskedLM):
+    """``BertForMaskedLM`` with another ``forward``; parameters and state dict are its own, so
+    ``BertForMaskedLM`` loads what is trained here."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, positions: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Predict ``labels`` [B, M], the tokens hidden at ``positions`` [B, M] of ``input_ids``
+        [B, S].
+
+        Returns:
+            Cross-entropy of each in nats, [B, M] float32, and the logits [B, M, vocabulary].
+        """
+        hidden = self.bert(input_ids).last_hidden_state
+        batch, seq_len, width = hidden.shape
+        starts = torch.arange(0, batch * seq_len, seq_len, device=hidden.device)
+        # All S positions would make the head the larger part of a small model's work.
+        masked = hidden.reshape(-1, width).index_select(0, (starts[:, None] + positions).flatten())
+        logits = self.cls(masked)
+        losses = F.cross_entropy(logits.float(), labels.flatten(), reduction="none")
+        return losses.view_as(labels), logits.view(*labels.shape, -1)
+
+
+def build_model(model: ModelConfig, data: DataConfig, seed: int) -> PretrainBert:
+    """A model with random weights that depend on ``seed`` alone."""
+    torch.manual_seed(seed)
+    return PretrainBert(
+        BertConfig(
+            vocab_size=data.vocab_size,
+            pad_token_id=PAD_ID,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            intermediate_size=model.intermediate_size,
+            max_position_embeddings=model.max_position_embeddings,
+            hidden_dropout_prob=model.hidden_dropout_prob,
+            attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+        )
+    )

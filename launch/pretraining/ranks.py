@@ -1,0 +1,102 @@
+"""Process group, device and threads of this rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretraining.config import ConfigError, TrainConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is in the job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    def mean(self, values: Tensor) -> Tensor:
+        """``values`` averaged over ranks, elementwise; on the host of every rank."""
+        return self.sum(values) / self.world_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` added over ranks, elementwise; on the host of every rank."""
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def barrier(self) -> None:
+        """Wait for every rank, on the host."""
+        # dist.barrier() would take the first accelerator it finds; a tensor on the CPU goes
+        # through gloo.
+        dist.all_reduce(torch.zeros(1))
+
+    def from_first(self, value: T | None) -> T:
+        """What rank 0 gave as ``value``, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return cast(T, values[0])
+
+    def same(self, value: str) -> bool:
+        """Whether every rank gave the same ``value``."""
+        values: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return len(set(values)) == 1
+
+
+@contextmanager
+def started(train: TrainConfig) -> Iterator[Ranks]:
+    """The process group, for as long as the context lasts: what torchrun describes in the
+    environment, or a job of one where it describes none.
+
+    Raises:
+        ConfigError: ``train.device`` is not to be had on this machine.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(train.device, local_rank, local_world_size)
+    # torchrun sets OMP_NUM_THREADS=1, which leaves most of the machine idle.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        # Python objects and host tensors go through gloo on a GPU machine as well.
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(minutes=train.timeout_minutes),
+        device_id=device if on_gpu else None,
+        **({} if "RANK" in os.environ else _alone()),
+    )
+    yield Ranks(rank, local_rank, world_size, device)
+    # Not after an error: the other ranks may be in a collective, and NCCL would wait for them.
+    dist.destroy_process_group()
+
+
+def _alone() -> dict[str, Any]:
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return torch.device("cpu")
+    if gpus < local_world_size:
+        raise ConfigError(
+            f"train.device = {wanted!r}: {local_world_size} ranks on this machine need as many "
+            f"GPUs, it has {gpus}; lower --nproc-per-node or set train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,329 @@
+"""What a run tells: a live bar or plain lines, JSON lines, TensorBoard events.
+
+All of them are fed with the same rows, one a training step and one an evaluation. Only rank 0 has
+any; on the other ranks a report has no outlets and costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+LOG_NAME = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Trust ratios of one step: over all adapted parameters, and the median of each layer group's
+    weight matrices."""
+
+    min: float
+    median: float
+    max: float
+    groups: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One step. ``loss`` is the mean of the global batch in nats a masked token; ``trust`` is read
+    only at some steps, because reading it waits for the device."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens_per_s: float
+    trust: Trust | None = None
+    kind: str = field(default="train", init=False)
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One evaluation. ``loss`` in nats a masked token, ``accuracy`` in [0, 1]."""
+
+    step: int
+    loss: float
+    accuracy: float
+    kind: str = field(default="held_out", init=False)
+
+
+class Outlet(Protocol):
+    def train(self, rows: Sequence[TrainRow]) -> None: ...
+    def held_out(self, row: HeldOutRow) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Report:
+    """Passes every row on to its outlets. Use as a context: leaving it closes them."""
+
+    def __init__(self, outlets: Sequence[Outlet]) -> None:
+        self._outlets = outlets
+
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        for outlet in self._outlets:
+            outlet.train(rows)
+
+    def held_out(self, row: HeldOutRow) -> None:
+        for outlet in self._outlets:
+            outlet.held_out(row)
+
+    def say(self, text: str) -> None:
+        for outlet in self._outlets:
+            outlet.say(text)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for outlet in self._outlets:
+            outlet.close()
+
+
+def open_report(run_dir: Path, first_step: int, total_steps: int) -> Report:
+    """Rank 0's report. Rows of steps after ``first_step``, written by a run that got further than
+    its last checkpoint, are taken back."""
+    return Report(
+        [
+            JsonLines(run_dir / LOG_NAME, first_step),
+            TensorBoard(run_dir / "tensorboard", first_step),
+            terminal(first_step, total_steps),
+        ]
+    )
+
+
+class JsonLines:
+    """One JSON object a line, kinds ``train`` and ``held_out``, steps ascending."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [row for row in read_log(path) if first_step and row["step"] <= first_step]
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        part.replace(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        # What is on the screen is in the file: someone is reading along.
+        self._file.flush()
+
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        self._write([asdict(row) for row in rows])
+
+    def held_out(self, row: HeldOutRow) -> None:
+        self._write([asdict(row)])
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; none where there is no file. A last line cut short by a crash is left
+    out."""
+    if not path.exists():
+        return []
+    return list(_whole_rows(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _whole_rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+
+
+class TensorBoard:
+    """Event files under ``directory``."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        # Imported here: it takes a second, and only rank 0 comes here.
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not first_step and directory.is_dir():
+            # TensorBoard would draw the events of an earlier run into the same curves.
+            for old in directory.glob("events.out.tfevents.*"):
+                old.unlink()
+        self._writer = SummaryWriter(
+            str(directory), purge_step=first_step + 1 if first_step else None
+        )
+
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        add = self._writer.add_scalar
+        for row in rows:
+            add("train/loss", row.loss, row.step)
+            add("train/lr", row.lr, row.step)
+            add("train/tokens_per_s", row.tokens_per_s, row.step)
+            if row.trust is not None:
+                for name in ("min", "median", "max"):
+                    add(f"trust_ratio/{name}", getattr(row.trust, name), row.step)
+                for group, value in row.trust.groups.items():
+                    add(f"trust_ratio_of/{group}", value, row.step)
+
+    def held_out(self, row: HeldOutRow) -> None:
+        self._writer.add_scalar("held_out/loss", row.loss, row.step)
+        self._writer.add_scalar("held_out/accuracy", row.accuracy, row.step)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def terminal(first_step: int, total_steps: int) -> Outlet:
+    """A live bar where someone watches, a line every log step where the output is a file."""
+    if sys.stdout.isatty():
+        return LiveBar(first_step, total_steps)
+    return PlainLines(first_step, total_steps)
+
+
+class LiveBar:
+    """A bar at the bottom of the terminal; evaluations and remarks scroll above it."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(highlight=False),
+            expand=True,
+        )
+        self._task: TaskID = self._bar.add_task(
+            "", total=total_steps, completed=first_step, numbers="starting"
+        )
+        self._bar.start()
+
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        self._bar.update(self._task, completed=rows[-1].step, numbers=_numbers(rows[-1]))
+
+    def held_out(self, row: HeldOutRow) -> None:
+        self.say(_held_out_line(row))
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class PlainLines:
+    """One line for every log step, so that a log file stays readable."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self._first_step = first_step
+        self._total_steps = total_steps
+        self._started = time.monotonic()
+
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        row = rows[-1]
+        pace = (time.monotonic() - self._started) / (row.step - self._first_step)
+        eta = clock(pace * (self._total_steps - row.step))
+        self.say(f"{row.step:>{len(str(self._total_steps))}}/{self._total_steps}  "
+                 f"{_numbers(row)}  eta {eta}")  # fmt: skip
+
+    def held_out(self, row: HeldOutRow) -> None:
+        self.say(_held_out_line(row))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _numbers(row: TrainRow) -> str:
+    text = f"loss {row.loss:.4f}  lr {row.lr:.2e}  {compact(row.tokens_per_s)} tokens/s"
+    if row.trust is not None:
+        text += f"  trust {row.trust.min:.2g}/{row.trust.median:.2g}/{row.trust.max:.2g}"
+    return text
+
+
+def _held_out_line(row: HeldOutRow) -> str:
+    return (
+        f"step {row.step}: held-out loss {row.loss:.4f}, masked accuracy {100 * row.accuracy:.1f} %"
+    )
+
+
+def compact(number: float) -> str:
+    """12345 as ``12.3k``."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def layer_group(name: str) -> str:
+    """The group of a parameter of BERT: ``embeddings``, ``layer 00`` .. or ``head``."""
+    parts = name.split(".")
+    if "layer" in parts:
+        return f"layer {int(parts[parts.index('layer') + 1]):02}"
+    return "embeddings" if "embeddings" in parts else "head"
+
+
+def summarize_trust(ratios: dict[str, Tensor], shapes: dict[str, torch.Size]) -> Trust | None:
+    """Read the trust ratios of a step; waits for the device once.
+
+    Args:
+        ratios: 0-d tensors by parameter name.
+        shapes: of the parameters by name. A group's median is over its weight matrices, because
+            biases and normalisation weights start at 0 or 1 and move on another scale.
+    """
+    if not ratios:
+        return None
+    values = torch.stack([ratio.float() for ratio in ratios.values()]).cpu()
+    by_group: dict[str, list[float]] = {}
+    for name, value in zip(ratios, values.tolist(), strict=True):
+        if len(shapes[name]) > 1:
+            by_group.setdefault(layer_group(name), []).append(value)
+    return Trust(
+        min=values.min().item(),
+        median=values.median().item(),
+        max=values.max().item(),
+        groups={
+            group: torch.tensor(members).median().item()
+            for group, members in sorted(by_group.items())
+        },
+    )
+
+
+def is_finite(rows: Sequence[TrainRow]) -> bool:
+    return all(math.isfinite(row.loss) for row in rows)
