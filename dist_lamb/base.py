@@ -202,7 +202,8 @@ class LambBase(Optimizer):
             x_sq, u_sq, updated = sums[device].unbind(1)
             rho = rule.trust_ratio(x_sq, u_sq, h)
             self._counters[device].copy_(torch.where(updated > 0, t, self._counters[device]))
-            self._ratios[device] = torch.where(updated > 0, rho, torch.nan)
+            # Rounded as the params are, so that the order of the ranks leaves no trace here either.
+            self._ratios[device] = torch.where(updated > 0, rho, torch.nan).float()
             # 6. x <- x - lr * rho * u
             step_size = torch.where(updated > 0, h.lr * rho, 0.0)
             for work, backend in on[device]:
@@ -260,7 +261,7 @@ class LambBase(Optimizer):
     # --- state -----------------------------------------------------------------------------------
 
     def trust_ratios(self) -> dict[str, Tensor]:
-        """{name: trust ratio of the last step, a float64 0-d tensor on the param's device}.
+        """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
 
         NaN for a param that took no part in the last step. Reading the values synchronizes with
         the device; calling this does not.

@@ -221,6 +221,10 @@ class ShardedLamb(LambBase):
 
     # --- state -----------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would share the process group and think it owns the params' memory.
+        raise TypeError("a ShardedLamb cannot be copied or pickled; save its state dict instead")
+
     def full_optimizer_state_dict(self) -> dict[str, Any]:
         """A torch.optim state dict with whole tensors on the CPU, on every rank; a collective.
 

@@ -206,6 +206,9 @@ class FlatBuffers:
             if free:
                 for i in present:
                     self._params[i].grad = None
+        if free:
+            for i in set(range(len(self._params))) - set(self._slots):
+                self._params[i].grad = None  # empty params lie in no bucket
 
     def _staged(self, whole: Tensor) -> Tensor:
         """A buffer like ``whole``, with zeros wherever no param lies."""

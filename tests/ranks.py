@@ -1,0 +1,100 @@
+"""Run a function on several gloo ranks, and get back what each returned."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing as mp
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(
+    world: int, tmp_path: Path, fn: Callable[..., Any], *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """``[fn(rank, world, *args) for each rank]``, each in a process of its own.
+
+    Ranks meet through a file in ``tmp_path``: no ports, so tests may run side by side. A rank's
+    exception is raised here with its traceback; a rank still running after ``timeout`` seconds
+    is killed.
+    """
+    context = mp.get_context("spawn")
+    store = tmp_path / f"store-{world}-{len(list(tmp_path.iterdir()))}"
+    processes, pipes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_main, args=(rank, world, str(store), theirs, fn, args), daemon=True
+        )
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    results: list[Any] = []
+    try:
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout):
+                raise TimeoutError(f"rank {rank} of {world} gave no answer in {timeout} s")
+            try:
+                ok, payload = pipe.recv()
+            except EOFError:
+                processes[rank].join()
+                raise RuntimeError(f"rank {rank} died: {processes[rank].exitcode}") from None
+            if not ok:
+                raise RuntimeError(f"rank {rank} of {world} raised:\n{payload}")
+            results.append(torch.load(io.BytesIO(payload), weights_only=False))
+    finally:
+        for process in processes:
+            if len(results) < world:
+                process.kill()
+            process.join()
+    return results
+
+
+WORLDS = (1, 2, 3, 4)
+
+
+def each_world(rank: int, _: int, fn: Callable[..., Any], *args: Any) -> dict[int, Any]:
+    """``{W: fn(rank, group of ranks 0..W-1, *args)}`` for the W that this rank takes part in.
+
+    As ``run_ranks(4, tmp_path, each_world, fn, ...)``: one spawn serves all world sizes.
+    """
+    results = {}
+    for world in WORLDS:
+        group = dist.new_group(list(range(world)))  # a collective, also for those outside
+        if rank < world:
+            results[world] = fn(rank, group, *args)
+        dist.barrier()
+    return results
+
+
+def _main(
+    rank: int, world: int, store: str, pipe: Any, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    # Ranks share the cores; more threads than cores make every OpenMP barrier a context switch.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+        # One compiler process a rank is plenty; a pool of them would outlive the test's timeout.
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        result = fn(rank, world, *args)
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        pipe.send((True, buffer.getvalue()))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))

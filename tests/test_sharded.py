@@ -1,0 +1,454 @@
+"""ShardedLamb on gloo ranks: the world size must leave no trace, and nothing may be lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import WORLDS, each_world, run_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+from dist_lamb import Lamb, ShardedLamb
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
+STEPS = 5
+#: fc.weight is without gradient everywhere at step 1, tile.weight at every step.
+ABSENT = {1: ("fc.weight", "tile.weight")}
+
+
+def train(
+    optimizer: Any, params: dict[str, Tensor], rank: int, world: int, steps: range = range(STEPS)
+) -> None:
+    for t in steps:
+        mean = models.mean_gradients(params, t, ABSENT.get(t, ("tile.weight",)))
+        for name, g in models.rank_gradients(mean, rank, world, t).items():
+            params[name].grad = g
+        # one rank alone has no gradient for norm.weight: it counts as zero there, so the others
+        # must carry its share for the mean to stay what it is
+        if world > 1 and "norm.weight" in mean:
+            params["norm.weight"].grad = mean["norm.weight"] * world if rank == 1 else None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state_of(optimizer: Any) -> dict[str, Tensor]:
+    """Whole state tensors, by '<param> <state>'."""
+    full = getattr(optimizer, "full_optimizer_state_dict", optimizer.state_dict)()
+    names = [n for group in full["param_groups"] for n in group["param_names"]]
+    ids = [i for group in full["param_groups"] for i in group["params"]]
+    return {
+        f"{name} {key}": value.clone()
+        for name, i in zip(names, ids)
+        for key, value in full["state"].get(i, {}).items()
+    }
+
+
+def _train(rank: int, group: Any, dtype: torch.dtype) -> dict[str, Any]:
+    world = dist.get_world_size(group)
+    found = {}
+    for impl in ("reference", "foreach", "compiled"):
+        for stage in (1, 2):
+            for bucket_numel in (2**13, 2**24):
+                params = models.make_params(dtype, seed=rank)  # only rank 0's may count
+                optimizer = ShardedLamb(
+                    models.groups_of(params),
+                    stage=stage,
+                    impl=impl,
+                    bucket_numel=bucket_numel,
+                    process_group=group,
+                    **OPTIONS,
+                )
+                train(optimizer, params, rank, world)
+                found[f"{impl} {stage} {bucket_numel}"] = {
+                    "params": {n: p.detach().clone() for n, p in params.items()},
+                    "state": state_of(optimizer),
+                    "ratios": {n: r.clone() for n, r in optimizer.trust_ratios().items()},
+                }
+    return found
+
+
+def plain(impl: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], Lamb]:
+    params = models.make_params(dtype)
+    optimizer = Lamb(models.groups_of(params), impl=impl, **OPTIONS)
+    train(optimizer, params, 0, 1)
+    return params, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_at_every_world_size(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Params, moments, masters, steps and trust ratios: W, stage and buckets leave no trace."""
+    ranks = run_ranks(4, tmp_path, each_world, _train, dtype)
+    for impl in ("reference", "foreach", "compiled"):
+        expected = ranks[0][1][f"{impl} 1 {2**24}"]
+        assert expected["state"]["tile.weight step"] == 0
+        assert expected["state"]["fc.weight step"] == STEPS - 1
+        assert expected["state"]["norm.weight step"] == STEPS
+        assert expected["ratios"]["tile.weight"].isnan()
+        for rank, worlds in enumerate(ranks):
+            assert sorted(worlds) == [w for w in WORLDS if rank < w]
+            for world, runs in worlds.items():
+                for key, run in runs.items():
+                    if not key.startswith(impl):
+                        continue
+                    for part in ("params", "state", "ratios"):
+                        where = (key, world, rank, part)
+                        assert models.digest(run[part]) == models.digest(expected[part]), where
+        # and the same bits as the optimizer that shards nothing
+        params, optimizer = plain("foreach" if impl == "compiled" else impl, dtype)
+        for name, p in params.items():
+            if impl == "compiled":  # another compiler: the same to rounding
+                torch.testing.assert_close(expected["params"][name], p.detach())
+            else:
+                assert torch.equal(expected["params"][name], p.detach()), name
+        if impl != "compiled":
+            for key, value in state_of(optimizer).items():
+                # Lamb makes no state before the first gradient, and counts steps of nothing
+                if not key.startswith(("tile.weight", "empty")):
+                    assert torch.equal(expected["state"][key], value), key
+
+
+def _communicate(rank: int, group: Any) -> dict[str, Any]:
+    counts = {}
+    for clip in (None, 1.0):
+        for extra in (0, 200):
+            params = models.make_params()
+            params |= {f"x{i}": torch.nn.Parameter(torch.ones(i % 5 + 1)) for i in range(extra)}
+            options = {"max_grad_norm": clip, "bucket_numel": 2**13, "process_group": group}
+            optimizer = ShardedLamb(models.groups_of(params), **options)
+            for t in range(2):
+                for name, g in models.mean_gradients(params, t).items():
+                    params[name].grad = g
+                with CommDebugMode() as mode:
+                    optimizer.step()
+            kinds = {str(op): n for op, n in mode.get_comm_counts().items()}
+            assert optimizer._buffers is not None
+            counts[f"{clip} {extra}"] = (kinds, len(optimizer._buffers.layout.buckets))
+    return counts
+
+
+def test_communication_is_minimal(tmp_path: Path) -> None:
+    """Per bucket one reduce-scatter and one all-gather; one all-reduce for all norms."""
+    for worlds in run_ranks(4, tmp_path, each_world, _communicate):
+        for world, counts in worlds.items():
+            for key, (kinds, buckets) in counts.items():
+                assert buckets > 1
+                expected = {
+                    "c10d._reduce_scatter_base_": buckets,
+                    "c10d._allgather_base_": buckets,
+                    "c10d.allreduce_": 1 if key.startswith("None") else 2,
+                }
+                assert kinds == ({} if world == 1 else expected), (world, key)
+
+
+def _features(rank: int, world: int) -> dict[str, Any]:
+    """Many small checks in one spawn; each raises where it fails."""
+    for check in (
+        _broadcasts,
+        _differing_ranks_are_refused,
+        _frozen_and_tied,
+        _same_keys_everywhere,
+        _accumulation,
+        _averaged_by_ddp,
+        _state_moves,
+        _state_dict_is_never_a_part,
+        _overflow_on_one_rank,
+        _nan_is_seen_by_all,
+        _added_group,
+        _replaced_memory,
+        _negative_zero_gradients,
+        _module_with_mesh,
+        _channels_last,
+    ):
+        check(rank, world)
+        dist.barrier()
+    return {"ok": True}
+
+
+def test_features(tmp_path: Path) -> None:
+    assert run_ranks(3, tmp_path, _features) == [{"ok": True}] * 3
+
+
+def _same_everywhere(t: Tensor, world: int) -> bool:
+    everyone = [torch.empty_like(t) for _ in range(world)]
+    dist.all_gather(everyone, t.contiguous())
+    return all(torch.equal(everyone[0], other) for other in everyone)
+
+
+def _broadcasts(rank: int, world: int) -> None:
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.BatchNorm1d(40))
+    model[1].running_mean.fill_(rank + 1.0)
+    frozen = model[0].bias.requires_grad_(False)
+    optimizer = ShardedLamb(model)
+    torch.manual_seed(0)
+    expected = torch.nn.Linear(50, 40)
+    assert torch.equal(model[0].weight, expected.weight)
+    assert torch.equal(frozen, expected.bias)
+    assert bool((model[1].running_mean == 1.0).all())
+    assert optimizer._all_names() == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def _differing_ranks_are_refused(rank: int, world: int) -> None:
+    cases: list[tuple[Any, str]] = [
+        ({"w": (3, 4), "v": (4 + (rank == 1),)}, r"rank 0 has v \(4,\).*rank 1 has v \(5,\)"),
+        ({"w": (3, 4)} if rank == 2 else {"w": (3, 4), "v": (4,)}, "rank 0 has v .*rank 2 has"),
+        ({("w" if rank else "u"): (3, 4)}, "rank 0 has u .*rank 1 has w"),
+    ]
+    for shapes, message in cases:
+        params = [(n, torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()]
+        with pytest.raises(ValueError, match=message):
+            ShardedLamb(params)
+    dtype = torch.bfloat16 if rank > 1 else torch.float32
+    w = [("w", torch.nn.Parameter(torch.ones(3, 3, dtype=dtype)))]
+    with pytest.raises(ValueError, match=r"rank 0 has w .*float32.* rank 2 has w .*bfloat16"):
+        ShardedLamb(w)
+    with pytest.raises(ValueError, match=r"'lr': 0.1.*rank 2 has .*'lr': 0.2"):
+        ShardedLamb([("w", torch.nn.Parameter(torch.ones(3)))], lr=0.2 if rank == 2 else 0.1)
+
+
+def _frozen_and_tied(rank: int, world: int) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(60, 60) for _ in range(3)))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    before = model[2].weight.clone()
+    optimizer = ShardedLamb(model, lr=0.1)
+    model(torch.ones(2, 60)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[2].weight, before)
+    assert model[0].weight is model[1].weight
+    assert len(optimizer.state) == 3
+    model[2].weight.requires_grad_(True)
+    model(torch.ones(2, 60)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"2\.weight: it was frozen when the buffers were made"):
+        optimizer.step()
+
+
+def _same_keys_everywhere(rank: int, world: int) -> None:
+    params = models.make_params(torch.bfloat16)
+    optimizer = ShardedLamb(models.groups_of(params))
+    train(optimizer, params, rank, world, range(1))
+    keys = {n: sorted(optimizer.state[p]) for n, p in params.items()}
+    assert set(map(tuple, keys.values())) == {("exp_avg", "exp_avg_sq", "master", "step")}
+    lengths = torch.tensor([optimizer.state[p]["exp_avg"].numel() for p in params.values()])
+    assert int((lengths == 0).sum()) > 0  # this rank owns nothing of some param, and yet has keys
+    dist.all_reduce(lengths)
+    assert lengths.tolist() == [p.numel() for p in params.values()]
+
+
+def _accumulation(rank: int, world: int) -> None:
+    """Two micro-batches under no_sync equal one of their sum."""
+    runs = []
+    for accumulate in (False, True):
+        params = models.make_params()
+        optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+        a, b = (models.mean_gradients(params, t) for t in (3, 4))
+        if accumulate:
+            with optimizer.no_sync():
+                sum((p * a[n]).sum() for n, p in params.items()).backward()
+            sum((p * b[n]).sum() for n, p in params.items()).backward()
+        else:
+            for n, p in params.items():
+                p.grad = a[n] + b[n]
+        optimizer.step()
+        runs.append(models.digest(params))
+        assert all(p.grad is None for p in params.values())
+    assert runs[0] == runs[1]
+
+
+def _averaged_by_ddp(rank: int, world: int) -> None:
+    """Under DistributedDataParallel: the params of ShardedLamb reducing itself, to rounding."""
+    results = []
+    for wrapped in (False, True):
+        torch.manual_seed(5)
+        layers = (torch.nn.Linear(70, 90), torch.nn.Tanh(), torch.nn.Linear(90, 3))
+        model = torch.nn.Sequential(*layers)
+        net = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
+        optimizer = ShardedLamb(model, lr=0.01, stage=1, reduce_gradients=not wrapped)
+        for t in range(3):
+            x = torch.randn(8, 70, generator=torch.Generator().manual_seed(10 * t + rank))
+            net(x).square().mean().backward()
+            optimizer.step()
+            assert model[0].weight.grad is not None
+            optimizer.zero_grad()
+        assert _same_everywhere(model[0].weight.detach(), world)
+        results.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _state_moves(rank: int, world: int) -> None:
+    """Whole state into Lamb, another ShardedLamb, and back: the same bits, and after it too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        params = models.make_params(dtype)
+        optimizer = ShardedLamb(models.groups_of(params), bucket_numel=2**13, **OPTIONS)
+        train(optimizer, params, rank, world, range(3))
+        whole = optimizer.full_optimizer_state_dict()
+        for cls, more in ((Lamb, {}), (ShardedLamb, {"bucket_numel": 2**24, "stage": 1})):
+            copy = {n: torch.nn.Parameter(p.detach().clone()) for n, p in params.items()}
+            other = cls(models.groups_of(copy), **OPTIONS, **more)  # type: ignore[operator]
+            other.load_state_dict(whole)
+            assert models.digest(state_of(other)) == models.digest(state_of(optimizer)), cls
+            back = ShardedLamb(models.groups_of(copy), **OPTIONS)
+            back.load_state_dict(getattr(other, "full_optimizer_state_dict", other.state_dict)())
+            assert models.digest(state_of(back)) == models.digest(state_of(optimizer)), cls
+            train(back, copy, rank, world, range(3, 5))
+            straight = {n: torch.nn.Parameter(p.detach().clone()) for n, p in params.items()}
+            same = ShardedLamb(models.groups_of(straight), **OPTIONS)
+            same.load_state_dict(whole)
+            train(same, straight, rank, world, range(3, 5))
+            assert models.digest(copy) == models.digest(straight)
+        train(optimizer, params, rank, world, range(3, 5))
+        assert models.digest(params) == models.digest(straight)
+        bad = {**whole, "state": {0: {**whole["state"][0], "exp_avg": torch.zeros(3)}}}
+        with pytest.raises(ValueError, match=r"exp_avg of emb.weight has shape \(3,\)"):
+            optimizer.load_state_dict(bad)
+
+
+def _state_dict_is_never_a_part(rank: int, world: int) -> None:
+    params = models.make_params()
+    optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+    empty = optimizer.state_dict()
+    assert empty["state"] == {}
+    optimizer.load_state_dict(empty)  # what trainers do before training
+    train(optimizer, params, rank, world, range(2))
+    with pytest.raises(RuntimeError, match="consolidate_state_dict"):
+        optimizer.state_dict()
+    optimizer.consolidate_state_dict(to=1)
+    whole = optimizer.full_optimizer_state_dict()
+    if rank == 1:
+        got = optimizer.state_dict()
+        for i, entry in whole["state"].items():
+            assert all(torch.equal(entry[k], got["state"][i][k]) for k in entry)
+    else:
+        with pytest.raises(RuntimeError, match="consolidate_state_dict"):
+            optimizer.state_dict()
+    train(optimizer, params, rank, world, range(2, 3))
+    with pytest.raises(RuntimeError, match="consolidate_state_dict"):
+        optimizer.state_dict()  # what was consolidated is stale
+
+
+def _overflow_on_one_rank(rank: int, world: int) -> None:
+    """An overflow seen by one rank's scaler skips the step on all, and leaves every bit alone."""
+    params = models.make_params()
+    optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+    train(optimizer, params, rank, world, range(2))
+    before = (models.digest(params), models.digest(state_of(optimizer)))
+    for name, g in models.mean_gradients(params, 2).items():
+        params[name].grad = g * 4.0
+    if rank == 2:
+        params["emb.weight"].grad[3, 3] = torch.inf  # type: ignore[index]
+    optimizer.grad_scale = torch.tensor(4.0)
+    optimizer.found_inf = torch.tensor(float(rank == 2))
+    optimizer.step()
+    assert (models.digest(params), models.digest(state_of(optimizer))) == before
+    for name, g in models.mean_gradients(params, 2).items():
+        params[name].grad = g * 4.0
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    scaled = models.digest(params)
+    other = models.make_params()
+    straight = ShardedLamb(models.groups_of(other), **OPTIONS)
+    train(straight, other, rank, world, range(2))
+    for name, g in models.mean_gradients(other, 2).items():
+        other[name].grad = g
+    straight.step()
+    assert models.digest(other) == scaled
+
+
+def _nan_is_seen_by_all(rank: int, world: int) -> None:
+    params = models.make_params()
+    optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+    for name, g in models.mean_gradients(params, 0).items():
+        params[name].grad = g
+    if rank == 1:
+        params["emb.weight"].grad[96, 63] = torch.nan  # type: ignore[index]
+    optimizer.step()
+    assert bool(optimizer.trust_ratios()["emb.weight"].isnan())
+
+
+def _added_group(rank: int, world: int) -> None:
+    params = models.make_params()
+    optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+    reference = {n: torch.nn.Parameter(p.detach().clone()) for n, p in params.items()}
+    whole = Lamb(models.groups_of(reference), **OPTIONS)
+    for t in range(4):
+        if t == 2:
+            for p, o in ((params, optimizer), (reference, whole)):
+                p["late"] = torch.nn.Parameter(torch.full((3000,), 0.5))
+                o.add_param_group({"params": [("late", p["late"])], "weight_decay": 0.3})
+        for p, o in ((params, optimizer), (reference, whole)):
+            for name, g in models.mean_gradients(p, t).items():
+                p[name].grad = g
+            o.step()
+    assert models.digest(params) == models.digest(reference)
+    assert float(optimizer.state[params["late"]]["step"]) == 2
+
+
+def _replaced_memory(rank: int, world: int) -> None:
+    """Somebody replaces p.data (loaders, .to()): values are taken over, other tensors refused."""
+    runs = []
+    for replace in (False, True):
+        params = models.make_params()
+        optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+        for t in range(3):
+            if replace:
+                for p in params.values():
+                    p.data = p.data.clone()
+            train(optimizer, params, rank, world, range(t, t + 1))
+        runs.append(models.digest(params))
+    assert runs[0] == runs[1]
+    params["emb.weight"].data = params["emb.weight"].data.double()
+    with pytest.raises(RuntimeError, match=r"emb.weight was \(97, 64\) torch.float32 .*float64"):
+        optimizer.step()
+
+
+def _negative_zero_gradients(rank: int, world: int) -> None:
+    """A gradient of -0.0 is a gradient: decay shrinks the param, and its step counts."""
+    for reduce_gradients in (True, False):
+        params = models.make_params()
+        before = params["emb.weight"].detach().clone()
+        optimizer = ShardedLamb(models.groups_of(params), lr=0.1, reduce_gradients=reduce_gradients)
+        params["emb.weight"].grad = torch.full_like(params["emb.weight"], -0.0)
+        optimizer.step()
+        # rho = ||x|| / ||wd x||: by exactly 1 - lr, whatever wd is
+        torch.testing.assert_close(params["emb.weight"].detach(), before * 0.9)
+        assert float(optimizer.state[params["emb.weight"]]["step"]) == 1
+        assert float(optimizer.state[params["fc.weight"]]["step"]) == 0
+
+
+def _module_with_mesh(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    model = torch.nn.Linear(300, 7)
+    optimizer = ShardedLamb(model, mesh=mesh)
+    model(torch.ones(2, 300)).sum().backward()
+    optimizer.step()
+    assert sorted(optimizer.trust_ratios()) == ["bias", "weight"]
+    with pytest.raises(ValueError, match="either process_group or mesh"):
+        ShardedLamb(model, mesh=mesh, process_group=mesh.get_group())
+    grid = init_device_mesh("cpu", (1, world))
+    with pytest.raises(ValueError, match="one axis expected, got 2"):
+        ShardedLamb(model, mesh=grid)
+
+
+def _channels_last(rank: int, world: int) -> None:
+    runs = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        p = torch.nn.Parameter(torch.randn(16, 32, 3, 3).to(memory_format=memory_format))
+        optimizer = ShardedLamb([("w", p)], lr=0.1)
+        for t in range(3):
+            generator = torch.Generator().manual_seed(t)
+            p.grad = torch.randint(-99, 99, p.shape, generator=generator) / 64.0
+            optimizer.step()
+        assert p.is_contiguous(memory_format=memory_format)
+        runs.append((p.detach(), state_of(optimizer)["w exp_avg"]))
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
