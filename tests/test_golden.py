@@ -35,16 +35,21 @@ def _replay(rank: int, group: Any) -> dict[str, Any]:
         trajectory = golden.Trajectory.load(name).with_spare_bits(2)
         for impl in IMPLS:
             for stage in (1, 2):
-                seen: list[ShardedLamb] = []
+                params: dict[str, Any] = {}
 
-                def make(groups: Any, t: Any = trajectory, i: str = impl, s: int = stage) -> Any:
-                    seen[:] = [
-                        ShardedLamb(groups, impl=i, stage=s, process_group=group, **t.options)
-                    ]
-                    return seen[0]
+                def make(
+                    groups: Any,
+                    params: dict[str, Any] = params,
+                    impl: str = impl,
+                    stage: int = stage,
+                    options: dict[str, Any] = trajectory.options,
+                ) -> ShardedLamb:
+                    params.update((n, p) for g in groups for n, p in g["params"])
+                    return ShardedLamb(
+                        groups, impl=impl, stage=stage, process_group=group, **options
+                    )
 
                 error = trajectory.worst_error(make)
-                params = {str(i): p for i, p in enumerate(seen[0]._all_params())}
                 found[f"{name} {impl} {stage}"] = (error, models.digest(params))
     return found
 

@@ -97,7 +97,7 @@ def test_buckets_keep_to_their_size_and_dtype(
 def test_padding_on_bert_large_shapes_is_small() -> None:
     import shapes
 
-    numels = [n for n in map(shapes.numel, shapes.bert_large())]
+    numels = list(map(shapes.numel, shapes.bert_large()))
     layout = make([(n, "torch.float32") for n in numels], 64, 2**24)
     padded = sum(b.padded_numel(64) for b in layout.buckets)
     assert sum(numels) < padded < 1.005 * sum(numels)

@@ -7,6 +7,7 @@ element of a table, so nothing recompiles when one does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ def _flat_apply(x: Tensor, m: Tensor, v: Tensor, copy: Any, row: Tensor, step: T
     _apply(x, m, v, copy, _coefficients(row), step)
 
 
+def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """Call with tensors that are no views: views guard on their base's shape, and recompile."""
+    return compiled(*(None if t is None else t.detach() for t in tensors))
+
+
 # --- the backend ---------------------------------------------------------------------------------
 
 
@@ -111,12 +117,12 @@ def _split(work: Work) -> tuple[list[tuple[int, int]], list[int], Work]:
 
 def grad_sq(work: Work) -> Tensor:
     if work.tiled and work.blocks:
-        return torch.cat([_tiled_grad_sq(block.grad) for block in work.blocks])
+        return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
     large, small, rest = _split(work)
     out = torch.empty(len(work.rows.index), dtype=torch.float64, device=work.device)
     out[small] = foreach.grad_sq(rest)
     for b, _ in large:
-        out[b] = _flat_grad_sq(work.blocks[b].grad[0])
+        out[b] = _call(_flat_grad_sq, work.blocks[b].grad[0])
     return out
 
 
@@ -125,7 +131,7 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
     if work.tiled and work.blocks:
         return torch.cat(
             [
-                _tiled_moments(g, x, m, v, table, i)
+                _call(_tiled_moments, g, x, m, v, table, i)
                 for (g, x, m, v, _), i in zip(work.blocks, work.rows.indices)
             ]
         )
@@ -134,7 +140,7 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
     out[small] = foreach.moments(rest, c)
     for b, k in large:
         g, x, m, v, _ = work.blocks[b]
-        out[b] = _flat_moments(g[0], x[0], m[0], v[0], table[k])
+        out[b] = _call(_flat_moments, g[0], x[0], m[0], v[0], table[k])
     return out
 
 
@@ -142,10 +148,11 @@ def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
     table = _table(c)
     if work.tiled:
         for (_, x, m, v, copy), i in zip(work.blocks, work.rows.indices):
-            _tiled_apply(x, m, v, copy, table, step_size, i)
+            _call(_tiled_apply, x, m, v, copy, table, step_size, i)
         return
     large, _, rest = _split(work)
     foreach.apply(rest, c, step_size)
     for b, k in large:
         _, x, m, v, copy = work.blocks[b]
-        _flat_apply(x[0], m[0], v[0], None if copy is None else copy[0], table[k], step_size[k])
+        low = None if copy is None else copy[0]
+        _call(_flat_apply, x[0], m[0], v[0], low, table[k], step_size[k])
