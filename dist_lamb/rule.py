@@ -60,8 +60,8 @@ class Coefficients(NamedTuple):
     beta3: Array
     beta2: Array
     beta4: Array  # 1 - beta2
-    correction1: Array  # 1 - beta1^t
-    correction2: Array  # 1 - beta2^t
+    correction1: Array  # 1 / (1 - beta1^t): a product per element, where a quotient costs more
+    correction2: Array  # 1 / (1 - beta2^t)
     eps: Array
     decay: Array
 
@@ -123,8 +123,8 @@ def coefficients(h: Hyperparameters, t: Tensor, scale: Tensor | None, l2: bool) 
         beta3=h.beta3,
         beta2=h.beta2,
         beta4=1.0 - h.beta2,
-        correction1=torch.where(h.corrected > 0, 1.0 - h.beta1**t, one),
-        correction2=torch.where(h.corrected > 0, 1.0 - h.beta2**t, one),
+        correction1=torch.where(h.corrected > 0, 1.0 / (1.0 - h.beta1**t), one),
+        correction2=torch.where(h.corrected > 0, 1.0 / (1.0 - h.beta2**t), one),
         eps=h.eps,
         decay=h.decay,
     )
@@ -167,7 +167,7 @@ def moments(g: Array, m: Array, v: Array, c: Coefficients) -> tuple[Array, Array
 
 def direction(x: Array, m: Array, v: Array, c: Coefficients) -> Array:
     # r = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-    r = (m / c.correction1) / ((v / c.correction2).sqrt() + c.eps)
+    r = (m * c.correction1) / ((v * c.correction2).sqrt() + c.eps)
     # u = r + wd * x
     return r + x * c.decay
 

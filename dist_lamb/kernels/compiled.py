@@ -1,8 +1,8 @@
 """The rule through torch.compile: two fused passes over memory.
 
-Flat buffers are one matrix [tiles, TILE] and separate tensors are flat vectors; each has one
-function per pass, compiled once for any size. Every number that may change between steps is an
-element of a table, so nothing recompiles when one does.
+Flat buffers are matrices [tiles, TILE] already; a large separate tensor is read as one, less its
+last few elements. So there is one function per pass, compiled once for any number of rows, and
+every number that may change between steps is an element of a table: nothing recompiles.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import rule
-from . import Work, foreach, square_sum
+from . import Block, Work, foreach, square_sum
 
 #: Separate tensors smaller than this go through ``foreach``: calling a compiled function costs
 #: more than it saves on them.
 SMALL_NUMEL = 2**15
+
+#: Elements of a row that a separate tensor is cut into.
+ROW_NUMEL = 1024
 
 
 def _table(c: rule.Coefficients) -> Tensor:
@@ -54,9 +57,8 @@ def _apply(
         copy.copy_(x)
 
 
+# Each row takes its own param's coefficients. Compiled once for any number of rows.
 _compile = torch.compile(dynamic=True, fullgraph=True)
-
-# --- tile matrices: each row takes its own param's coefficients ----------------------------------
 
 
 @_compile
@@ -78,51 +80,48 @@ def _tiled_apply(
     _apply(x, m, v, copy, _coefficients(table[index][:, None, :]), step[index][:, None])
 
 
-# --- separate tensors: flat vectors with the coefficients of one param ---------------------------
-
-
-@_compile
-def _flat_grad_sq(g: Tensor) -> Tensor:
-    return square_sum(g)
-
-
-@_compile
-def _flat_moments(g: Tensor, x: Tensor, m: Tensor, v: Tensor, row: Tensor) -> Tensor:
-    return _moments(g, x, m, v, _coefficients(row))
-
-
-@_compile
-def _flat_apply(x: Tensor, m: Tensor, v: Tensor, copy: Any, row: Tensor, step: Tensor) -> None:
-    _apply(x, m, v, copy, _coefficients(row), step)
-
-
 def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """Call with tensors that are no views: views guard on their base's shape, and recompile."""
     return compiled(*(None if t is None else t.detach() for t in tensors))
 
 
-# --- the backend ---------------------------------------------------------------------------------
+class _Cut:
+    """Separate tensors cut into whole tiles, which are compiled, and the rest, for ``foreach``.
+
+    ``tiled``: (block, its tensors as matrices [tiles, ROW_NUMEL], the param of each tile);
+    ``rest``: a Work of the remaining elements; ``rest_of``: the block each of its rows is from.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.tiled: list[tuple[int, Block, Tensor]] = []
+        self.rest_of: list[int] = []
+        rest: list[Block] = []
+        for b, _, _, k in work.rows.runs:
+            block = work.blocks[b]
+            numel = block.param.numel()
+            whole = numel - numel % ROW_NUMEL if numel >= SMALL_NUMEL else 0
+            if whole:
+                tiles = [None if t is None else t[0, :whole].view(-1, ROW_NUMEL) for t in block]
+                index = torch.full((whole // ROW_NUMEL,), k, device=work.device)
+                self.tiled.append((b, Block._make(tiles), index))
+            if whole < numel:
+                rest.append(Block._make([None if t is None else t[:, whole:] for t in block]))
+                self.rest_of.append(b)
+        self.rest = Work(rest, work.rows.subset(self.rest_of), work.dtype, tiled=False)
 
 
-def _split(work: Work) -> tuple[list[tuple[int, int]], list[int], Work]:
-    """Separate tensors as ([(block, param)] of the large ones, small blocks, their own Work)."""
-    large, small = [], []
-    for b, _, _, k in work.rows.runs:
-        if work.blocks[b].param.numel() < SMALL_NUMEL:
-            small.append(b)
-        else:
-            large.append((b, k))
-    return large, small, work.subset(small)
+def _zeros(work: Work, *columns: int) -> Tensor:
+    rows = len(work.rows.index)
+    return torch.zeros(rows, *columns, dtype=torch.float64, device=work.device)
 
 
 def grad_sq(work: Work) -> Tensor:
     if work.tiled and work.blocks:
         return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
-    large, small, rest = _split(work)
-    out = torch.empty(len(work.rows.index), dtype=torch.float64, device=work.device)
-    out[small] = foreach.grad_sq(rest)
-    for b, _ in large:
-        out[b] = _call(_flat_grad_sq, work.blocks[b].grad[0])
+    cut, out = _Cut(work), _zeros(work)
+    out[cut.rest_of] += foreach.grad_sq(cut.rest)
+    for b, tiles, _ in cut.tiled:
+        out[b] += _call(_tiled_grad_sq, tiles.grad).sum(0)
     return out
 
 
@@ -131,28 +130,23 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
     if work.tiled and work.blocks:
         return torch.cat(
             [
-                _call(_tiled_moments, g, x, m, v, table, i)
-                for (g, x, m, v, _), i in zip(work.blocks, work.rows.indices)
+                _call(_tiled_moments, *block[:4], table, index)
+                for block, index in zip(work.blocks, work.rows.indices)
             ]
         )
-    large, small, rest = _split(work)
-    out = torch.empty(len(work.rows.index), 2, dtype=torch.float64, device=work.device)
-    out[small] = foreach.moments(rest, c)
-    for b, k in large:
-        g, x, m, v, _ = work.blocks[b]
-        out[b] = _call(_flat_moments, g[0], x[0], m[0], v[0], table[k])
+    cut, out = _Cut(work), _zeros(work, 2)
+    out[cut.rest_of] += foreach.moments(cut.rest, c)
+    for b, tiles, index in cut.tiled:
+        out[b] += _call(_tiled_moments, *tiles[:4], table, index).sum(0)
     return out
 
 
 def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
     table = _table(c)
-    if work.tiled:
-        for (_, x, m, v, copy), i in zip(work.blocks, work.rows.indices):
-            _call(_tiled_apply, x, m, v, copy, table, step_size, i)
-        return
-    large, _, rest = _split(work)
-    foreach.apply(rest, c, step_size)
-    for b, k in large:
-        _, x, m, v, copy = work.blocks[b]
-        low = None if copy is None else copy[0]
-        _call(_flat_apply, x[0], m[0], v[0], low, table[k], step_size[k])
+    blocks = list(zip(work.blocks, work.rows.indices))
+    if not work.tiled:
+        cut = _Cut(work)
+        foreach.apply(cut.rest, c, step_size)
+        blocks = [(tiles, index) for _, tiles, index in cut.tiled]
+    for (_, x, m, v, copy), index in blocks:
+        _call(_tiled_apply, x, m, v, copy, table, step_size, index)
