@@ -95,7 +95,7 @@ def test_buckets_keep_to_their_size_and_dtype(
 
 
 def test_padding_on_bert_large_shapes_is_small() -> None:
-    import shapes
+    from benchmarking import workloads as shapes
 
     numels = list(map(shapes.numel, shapes.bert_large()))
     layout = make([(n, "torch.float32") for n in numels], 64, 2**24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shapes
+from benchmarking import workloads as shapes
 import torch
 
 from dist_lamb.sharded import BUCKET_NUMEL

@@ -12,40 +12,54 @@ from .. import rule
 from . import Work, square_sum
 
 #: Elements worked on at a time. Bounds the temporaries, and on a CPU keeps them in its cache.
-PIECE_NUMEL = {"cpu": 2**16}
+PIECE_NUMEL = {"cpu": 2**18}
 PIECE_NUMEL_GPU = 2**24
 
 
 class TensorList:
     """A list of tensors with the arithmetic that ``rule`` uses; ``other`` is a list too, or floats.
 
-    Operands broadcast element by element of the list.
+    Operands broadcast element by element of the list. What an operation returns belongs to the
+    expression it stands in, so the next operation writes over it: fresh memory for each would
+    cost more than the arithmetic. Keep a result that is used twice by :meth:`keep`.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], scratch: bool = False) -> None:
         self.tensors = list(tensors)
+        self._scratch = scratch
 
-    def _binary(self, op: Any, other: Any) -> TensorList:
-        return TensorList(op(self.tensors, getattr(other, "tensors", other)))
+    def keep(self) -> TensorList:
+        return TensorList(self.tensors)
+
+    def _binary(self, name: str, other: Any) -> TensorList:
+        operand = getattr(other, "tensors", other)
+        if self._scratch:
+            getattr(torch, f"_foreach_{name}_")(self.tensors, operand)
+            return self
+        return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, operand), scratch=True)
 
     def __add__(self, other: Any) -> TensorList:
-        return self._binary(torch._foreach_add, other)
+        return self._binary("add", other)
 
     def __sub__(self, other: Any) -> TensorList:
-        return self._binary(torch._foreach_sub, other)
+        return self._binary("sub", other)
 
     def __mul__(self, other: Any) -> TensorList:
-        return self._binary(torch._foreach_mul, other)
+        return self._binary("mul", other)
 
     def __truediv__(self, other: Any) -> TensorList:
-        return self._binary(torch._foreach_div, other)
+        return self._binary("div", other)
 
     def sqrt(self) -> TensorList:
-        return TensorList(torch._foreach_sqrt(self.tensors))
+        if self._scratch:
+            torch._foreach_sqrt_(self.tensors)
+            return self
+        return TensorList(torch._foreach_sqrt(self.tensors), scratch=True)
 
     def where(self, condition: Any, other: float) -> TensorList:
         conditions = getattr(condition, "tensors", condition)
-        return TensorList([torch.where(c, t, other) for c, t in zip(conditions, self.tensors)])
+        chosen = [torch.where(c, t, other) for c, t in zip(conditions, self.tensors)]
+        return TensorList(chosen, scratch=True)
 
 
 class _Piece(NamedTuple):
@@ -108,8 +122,16 @@ class _Columns:
 
 
 def _add_squares(out: Tensor, rows: list[slice], tensors: Sequence[Tensor]) -> None:
-    for r, t in zip(rows, tensors):
-        out[r] += square_sum(t)  # a row may come in several pieces
+    """out[rows] += sums of squares; a row may come in several pieces."""
+    if len(tensors) == 1 or any(len(t) > 1 for t in tensors):
+        for r, t in zip(rows, tensors):
+            out[r] += square_sum(t)
+        return
+    # Many single rows: joined, since a few operations on each would cost more than the sums.
+    lengths = torch.tensor([t.numel() for t in tensors], device=out.device)
+    squares = torch.cat([t.flatten() for t in tensors]).double().square_()
+    sums = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True, initial=0)
+    out[[r.start for r in rows]] += sums
 
 
 def grad_sq(work: Work) -> Tensor:
@@ -125,8 +147,8 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
     for piece in _pieces(work):
         cp = rule.Coefficients(*columns.at(piece.rows))
         x, m, v = TensorList(piece.x), TensorList(piece.m), TensorList(piece.v)
-        g = rule.gradient(TensorList(piece.g), x, cp)
-        m, v = rule.moments(g, m, v, cp)
+        g = rule.gradient(TensorList(piece.g), x, cp).keep()
+        m, v = (new.keep() for new in rule.moments(g, m, v, cp))
         torch._foreach_copy_(piece.m, m.tensors)
         torch._foreach_copy_(piece.v, v.tensors)
         u = rule.direction(x, m, v, cp)

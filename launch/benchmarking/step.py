@@ -1,0 +1,197 @@
+"""``bench.py step``: the time of one ``step()`` on one device."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lamb import Lamb
+
+from . import results
+from .contenders import BETAS, CONTENDERS, EPS, LR, WEIGHT_DECAY, Contender
+from .workloads import WORKLOADS, Shape, numel
+
+#: Largest |x - reference| / max|reference| after GATE_STEPS steps that still counts as LAMB.
+GATE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+GATE_STEPS = 3
+
+
+@dataclass
+class _Run:
+    contender: Contender
+    optimizer: Any
+    error: float
+    device_ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [c.name for c in CONTENDERS]
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=tuple(WORKLOADS),
+        default=["matrices", "bert-large", "resnet-50", "many-small"] if on_gpu else ["bert-30m"],
+    )
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--clip", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each contender")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+
+
+def main(args: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    bandwidth = copy_bandwidth(args.device)
+    print(f"{results.hardware(args.device)}; copy {bandwidth / 1e9:.0f} GB/s (read + written)")
+    for workload in args.workloads:
+        for dtype_name in args.dtypes:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
+            for clip in [{"off": None, "on": 1.0}[c] for c in args.clip]:
+                chosen = [c for c in CONTENDERS if c.name in args.contenders]
+                runs, skipped = _measure(
+                    WORKLOADS[workload](), chosen, args.device, dtype, clip, args.repeats
+                )
+                failed += [f"{workload} {dtype_name}: {s}" for s in skipped if "GATE" in s]
+                title = {"workload": workload, "dtype": dtype_name, "clip": clip or "off"}
+                shapes = WORKLOADS[workload]()
+                new = [_row(title, shapes, run, bandwidth, dtype, clip) for run in runs]
+                results.print_table(title, new, skipped)
+                rows += new
+    if not args.no_save and rows:
+        results.save("step", args.device, rows)
+    for line in failed:
+        print(line)
+    return 1 if failed else 0
+
+
+def _fresh(shapes: list[Shape], device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Params and gradients drawn anew from one seed: the same for every contender."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        p = torch.randn(shape, generator=generator, device=device) * 0.02
+        p = torch.nn.Parameter(p.to(dtype))
+        p.grad = (torch.randn(shape, generator=generator, device=device) * 0.01).to(dtype)
+        params.append(p)
+    return params
+
+
+def _measure(
+    shapes: list[Shape],
+    contenders: list[Contender],
+    device: str,
+    dtype: torch.dtype,
+    clip: float | None,
+    repeats: int,
+) -> tuple[list[_Run], list[str]]:
+    runs, skipped = [], []
+    expected = _fresh(shapes, device, dtype)
+    reference = Lamb(expected, LR, BETAS, EPS, WEIGHT_DECAY, impl="reference", max_grad_norm=clip)
+    for _ in range(GATE_STEPS):
+        reference.step()
+    for contender in contenders:
+        why = contender.why_not(device, dtype, clip)
+        if why is None:
+            params = _fresh(shapes, device, dtype)
+            try:
+                optimizer = contender.make(params, clip)
+                for _ in range(GATE_STEPS):
+                    optimizer.step()
+            except Exception as error:  # a peer that does not run here is not our failure
+                why = f"{type(error).__name__}: {error}"
+        if why is None:
+            error = _error(params, expected) if contender.is_lamb else float("nan")
+            if contender.is_lamb and not error <= GATE[dtype]:
+                why = f"FAILED THE GATE: off by {error:.1e}, no speed is shown"
+            else:
+                runs.append(_Run(contender, optimizer, error))
+        if why is not None:
+            skipped.append(f"{contender.name}: {why}")
+    del reference, expected
+    gc.collect()
+    # Interleaved, so that a machine that slows down slows all of them down.
+    for i in range(repeats + 2):
+        for run in runs:
+            device_ms, host_ms = _time(run.optimizer.step, device)
+            if i >= 2:  # the first two warm up
+                run.device_ms.append(device_ms)
+                run.host_ms.append(host_ms)
+    return runs, skipped
+
+
+def _error(params: list[Tensor], expected: list[Tensor]) -> float:
+    worst = 0.0
+    for p, e in zip(params, expected):
+        a, b = p.detach().double(), e.detach().double()
+        error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+        worst = error if not error <= worst else worst  # keeps NaN
+    return worst
+
+
+def _time(step: Callable[[], Any], device: str) -> tuple[float, float]:
+    """(device ms, host wall ms) of one call, the device idle before and after."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        step()
+        ms = (time.perf_counter() - begin) * 1e3
+        return ms, ms
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), (time.perf_counter() - begin) * 1e3
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a large copy, median of 9."""
+    numel = 2**30 if device == "cuda" else 2**27
+    a = torch.randn(numel, device=device)
+    b = torch.empty_like(a)
+    for _ in range(3):
+        b.copy_(a)
+    ms = [_time(lambda: b.copy_(a), device)[0] for _ in range(9)]
+    return 2 * a.nbytes / (statistics.median(ms) * 1e-3)
+
+
+def _row(
+    title: dict[str, Any],
+    shapes: list[Shape],
+    run: _Run,
+    bandwidth: float,
+    dtype: torch.dtype,
+    clip: float | None,
+) -> dict[str, Any]:
+    params = sum(map(numel, shapes))
+    quantiles = statistics.quantiles(run.device_ms, n=10)
+    seconds = statistics.median(run.device_ms) * 1e-3
+    floor = run.contender.floor_nbytes(dtype, clip)
+    return {
+        **title,
+        "params": params,
+        "tensors": len(shapes),
+        "contender": run.contender.name,
+        "device_ms": statistics.median(run.device_ms),
+        "device_ms_p20": quantiles[1],
+        "device_ms_p80": quantiles[7],
+        "host_ms": statistics.median(run.host_ms),
+        "moved_gb_s": floor * params / seconds / 1e9,
+        "effective_bytes": seconds * bandwidth / params,
+        "floor_bytes": floor,
+        "copy_gb_s": bandwidth / 1e9,
+        "error": run.error,
+    }
