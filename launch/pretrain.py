@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
     python launch/pretrain.py configs/quickstart.toml --set optim.lr=1e-2 train.steps=100
 
-The run directory receives ``config.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
-``checkpoint.pt`` and ``curves.png``. The same file is every run: what differs is in ``configs/``.
+The run directory receives ``run.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
+``checkpoint.pt`` and ``curves.png``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ from pretraining.report import (
 from pretraining.sources import CorpusError
 from pretraining.tokens import TokenCache, prepare_tokens
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from dist_lamb import schedules
 
@@ -59,24 +60,25 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
     masking = Masking(fraction=config.data.mask_fraction, vocabulary=tokens.vocabulary)
     batches, held_out = _batches(config, tokens, masking, ranks)
 
-    model = build_model(config.model, config.data, config.train.seed)
-    if config.train.init_from:
+    saved = config.run_dir / checkpoint.FILE_NAME
+    found = config.train.resume == "auto" and saved.exists()
+    if not ranks.same(str(found)):
+        raise ConfigError(
+            f"{saved} is there for some ranks only; train.run_dir must be on a disk they share"
+        )
+    model = build_model(config.model, config.data, config.train.seed, ranks.device)
+    if config.train.init_from and not found:
         model.load_state_dict(checkpoint.initial_weights(Path(config.train.init_from)))
-    engine = build_engine(model.to(ranks.device), config.optim, _scaled_lr(config))
+    engine = build_engine(model, config.optim, _scaled_lr(config))
     scheduler = schedules.warmup_linear_decay(
         engine.optimizer, _warmup_steps(config, len(batches.sequences)), config.train.steps
     )
-
-    run_dir = config.run_dir
-    saved = run_dir / checkpoint.FILE_NAME
     first_step, changes = 0, []
-    if config.train.resume == "auto" and saved.exists():
+    if found:
         content = checkpoint.load(saved)
         changes = checkpoint.resume(content, config, tokens.digest, engine, scheduler, batches)
         first_step = content["step"]
         del content
-    # Rank 0 makes run_dir below and would look newer to a slower rank's `exists` above.
-    ranks.barrier()
 
     with _report(config, tokens, ranks, first_step) as report:
         report.say(tokens.describe())
@@ -145,7 +147,7 @@ class _Loop:
                 engine.backward(loss)
             total += loss.detach()
         # Read before the schedule moves on: this is the lr the step is made with.
-        lr = self._scheduler.get_last_lr()[0]
+        lr = float(self._scheduler.get_last_lr()[0])
         engine.step()
         self._scheduler.step()
         self._pending.append((step, total, lr))
@@ -164,7 +166,7 @@ class _Loop:
         seconds = time.monotonic() - self._clock
         tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
         rows = [
-            TrainRow(step, loss, float(lr), tokens / seconds)
+            TrainRow(step, loss, lr, tokens / seconds)
             for (step, _, lr), loss in zip(self._pending, losses.tolist(), strict=True)
         ]
         trust = self._engine.trust_ratios()
@@ -230,6 +232,7 @@ def _shared_tokens(config: PretrainConfig, ranks: Ranks) -> TokenCache:
     first = ranks.from_first(made)
     if isinstance(first, CorpusError):
         raise first
+    assert first is not None
     if ranks.local_rank == 0 and not first.exists():
         prepare_tokens(config.data, say)
     ranks.barrier()
@@ -275,10 +278,7 @@ def _scaled_lr(config: PretrainConfig) -> float:
 
 
 def _warmup_steps(config: PretrainConfig, samples_per_epoch: int) -> int:
-    """
-    Raises:
-        ConfigError: the warm-up is longer than the run.
-    """
+    """Steps of warm-up; a run shorter than that warms up to its end."""
     optim, of = config.optim, config.train
     if optim.warmup_epochs is None:
         assert optim.warmup_fraction is not None
@@ -287,12 +287,7 @@ def _warmup_steps(config: PretrainConfig, samples_per_epoch: int) -> int:
     # shrink.
     epochs = optim.warmup_epochs * of.global_batch / optim.base_batch
     steps = schedules.linear_epoch_warmup_steps(epochs, samples_per_epoch, of.global_batch)
-    if steps >= of.steps:
-        raise ConfigError(
-            f"optim.warmup_epochs = {optim.warmup_epochs:g} is {steps} steps of "
-            f"{samples_per_epoch} sequences an epoch, the whole run only {of.steps}"
-        )
-    return steps
+    return min(steps, of.steps)
 
 
 def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step: int) -> Report:
@@ -303,8 +298,15 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
     if not first_step:
         for name in (checkpoint.FILE_NAME, curves.FILE_NAME):
             (run_dir / name).unlink(missing_ok=True)
-    content = json.dumps(config.as_dict(), indent=1) + "\n"
-    (run_dir / "config.json").write_text(content, encoding="utf-8")
+    about = {
+        "config": config.as_dict(),
+        "corpus": tokens.meta,
+        "ranks": ranks.world_size,
+        "device": str(ranks.device.type),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
     return open_report(run_dir, first_step, config.train.steps)
 
@@ -372,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The user's to mend: one line a machine says more than a traceback a rank.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
+        # torchrun ends its own report with what is recorded: the message instead of "exitcode 2".
+        get_error_handler().record_exception(error.with_traceback(None))
         raise SystemExit(2) from None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
 }
 #: Of max|x|. What a float32 step rounds, and what it does in float64.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
+#: Relative, of a trust ratio, which is a float32: u of a single element may be a small difference.
+ROUNDED = {torch.float32: 3e-5, torch.float64: 1e-7}
 
 
 class NumpyLamb:
@@ -96,7 +99,7 @@ def hurtful_params(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3).to(dtype)
 
-    large = 2 * foreach.PIECE_NUMEL["cpu"] + 17
+    large = foreach.PIECE_NUMEL["cpu"] + 17
     assert large > compiled.SMALL_NUMEL
     values = {
         "scalar": randn(),
@@ -167,9 +170,7 @@ def assert_follows_numpy(
         oracle.step(to_numpy(grads))
         assert lamb.trust_ratios().keys() == params.keys()
         for name, ratio in lamb.trust_ratios().items():
-            np.testing.assert_allclose(
-                float(ratio), oracle.rho[name], rtol=1e-5 if dtype == torch.float32 else 1e-12
-            )
+            np.testing.assert_allclose(float(ratio), oracle.rho[name], rtol=ROUNDED[dtype])
     for name, p in params.items():
         state = lamb.state[p]
         assert float(state["step"]) == oracle.t[name], name
@@ -179,6 +180,13 @@ def assert_follows_numpy(
             (state["exp_avg_sq"], oracle.v),
         ):
             assert relative_error(got, want[name]) <= TOLERANCE[dtype], name
+
+
+@pytest.fixture(autouse=True)
+def _many_graphs() -> Iterator[None]:
+    """One process of tests sees more dtypes and sizes than a training does."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -242,17 +250,18 @@ def test_options_are_each_group_s_own(impl: str) -> None:
 
 @pytest.mark.xdist_group("compile")
 def test_compiled_functions_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the limit, only tensors of one element are left to foreach."""
-    monkeypatch.setattr(compiled, "SMALL_NUMEL", 2)
-    monkeypatch.setattr(foreach, "moments", _only_single_elements(foreach.moments))
+    """Without the limits, only the last few elements of a tensor are left to foreach."""
+    monkeypatch.setattr(compiled, "SMALL_NUMEL", 5)
+    monkeypatch.setattr(compiled, "ROW_NUMEL", 5)
+    monkeypatch.setattr(foreach, "moments", _only_a_few_elements(foreach.moments))
     params = hurtful_params(torch.float64)
     options = {"max_grad_norm": 0.5, "weight_decay": 0.1, "lr": 0.01}
     assert_follows_numpy(params, [(list(params), {})], "compiled", **options)
 
 
-def _only_single_elements(moments: Any) -> Any:
+def _only_a_few_elements(moments: Any) -> Any:
     def checked(work: Any, c: Any) -> Tensor:
-        assert all(block.param.numel() < 2 for block in work.blocks)
+        assert all(block.param.numel() < 5 for block in work.blocks)
         result: Tensor = moments(work, c)
         return result
 

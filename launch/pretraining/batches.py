@@ -110,12 +110,11 @@ class TrainBatches:
         self._orders: dict[int, Int64] = {}
 
     def next_batch(self) -> Iterator[MaskedSequences]:
-        """Move on by one global batch and yield this rank's micro-batches of it."""
+        """Move on by one global batch; this rank's micro-batches of it, made as they are taken."""
         first = self.position + self._first
         self.position += self.global_batch
-        for index in range(self.micro_batches):
-            start = first + index * self.micro_batch
-            yield self._masked(np.arange(start, start + self.micro_batch))
+        starts = range(first, first + self.micro_batches * self.micro_batch, self.micro_batch)
+        return (self._masked(np.arange(start, start + self.micro_batch)) for start in starts)
 
     def _masked(self, samples: Int64) -> MaskedSequences:
         epochs, indices = np.divmod(samples, len(self.sequences))

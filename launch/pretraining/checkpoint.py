@@ -147,4 +147,5 @@ def _changes(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -
 
 def initial_weights(path: Path) -> dict[str, Any]:
     """The model's state dict of a checkpoint, to start another run from."""
-    return load(path)["model"]
+    model: dict[str, Any] = load(path)["model"]
+    return model

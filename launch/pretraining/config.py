@@ -86,6 +86,7 @@ class ModelConfig(_Section):
     max_position_embeddings: PositiveInt = 512
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
+    initializer_range: Positive = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +136,9 @@ class OptimConfig(_Section):
     eps: Positive = 1e-6
     max_grad_norm: NonNegative = 1.0
     """Of the whole gradient; 0 = no clipping."""
+    adapt: Literal["all", "decayed"] = "all"
+    """Which parameters get a trust ratio: all, as in the paper, or not the biases and normalisation
+    weights, as in NVIDIA's recipe. Those never decay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

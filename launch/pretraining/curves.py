@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from pretraining.report import LOG_NAME, read_log
 
@@ -58,11 +59,13 @@ def _draw_losses(axes: Axes, train: list[dict[str, Any]], held_out: list[dict[st
     steps = np.array([row["step"] for row in train])
     losses = np.array([row["loss"] for row in train])
     axes.plot(steps, losses, color=_TRAIN, linewidth=0.8, label="training batch")
-    window = max(1, len(steps) // 40)
-    if window > 1:
+    # Odd, so that the mean lies over the middle of its window and does not lag behind.
+    half = len(steps) // 80
+    if half:
+        window = 2 * half + 1
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(
-            steps[window - 1 :],
+            steps[half:-half],
             smooth,
             color=_SMOOTH,
             linewidth=1.6,
@@ -98,13 +101,17 @@ def _draw_trust(axes: Axes, rows: list[dict[str, Any]]) -> None:
         axes.text(0.5, 0.5, "no trust ratios", transform=axes.transAxes, ha="center", color=_INK)
         return
     axes.set_yscale("log")
+    # Mostly within one decade, where the default labels are few and in powers of ten.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     steps = [row["step"] for row in rows]
-    groups = list(rows[0]["trust"]["groups"])
-    layers = [group for group in groups if group.startswith("layer")]
+    layers = [group for group in rows[0]["trust"]["groups"] if group.startswith("layer")]
+    others = [group for group in rows[0]["trust"]["groups"] if group not in layers]
     # Depth is an order, so the layers share one ramp; what is no layer stands apart from it.
     ramp = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, max(len(layers), 1)))
     apart = {"embeddings": _INK, "head": _HELD_OUT}
-    for group in groups:
+    for group in others[:1] + layers + others[1:]:
         values = [row["trust"]["groups"][group] for row in rows]
         if group in layers:
             style = {"color": ramp[layers.index(group)], "linewidth": 1.4}

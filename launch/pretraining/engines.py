@@ -59,6 +59,7 @@ class ShardedEngine:
             betas=optim.betas,
             eps=optim.eps,
             max_grad_norm=optim.max_grad_norm or None,
+            adapt=optim.adapt,
             stage=optim.stage,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from pretraining.config import DataConfig, ModelConfig
@@ -15,7 +15,7 @@ class PretrainBert(BertForMaskedLM):
     """``BertForMaskedLM`` with another ``forward``; parameters and state dict are its own, so
     ``BertForMaskedLM`` loads what is trained here."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: Tensor, positions: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Predict ``labels`` [B, M], the tokens hidden at ``positions`` [B, M] of ``input_ids``
@@ -34,10 +34,10 @@ class PretrainBert(BertForMaskedLM):
         return losses.view_as(labels), logits.view(*labels.shape, -1)
 
 
-def build_model(model: ModelConfig, data: DataConfig, seed: int) -> PretrainBert:
-    """A model with random weights that depend on ``seed`` alone."""
+def build_model(model: ModelConfig, data: DataConfig, seed: int, device: torch.device) -> nn.Module:
+    """``PretrainBert`` with random weights that depend on ``seed`` alone, not on the device."""
     torch.manual_seed(seed)
-    return PretrainBert(
+    bert: nn.Module = PretrainBert(
         BertConfig(
             vocab_size=data.vocab_size,
             pad_token_id=PAD_ID,
@@ -48,5 +48,7 @@ def build_model(model: ModelConfig, data: DataConfig, seed: int) -> PretrainBert
             max_position_embeddings=model.max_position_embeddings,
             hidden_dropout_prob=model.hidden_dropout_prob,
             attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+            initializer_range=model.initializer_range,
         )
     )
+    return bert.to(device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,15 +38,14 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""
-        # dist.barrier() would take the first accelerator it finds; a tensor on the CPU goes
-        # through gloo.
+        # On the host's memory, so through gloo: dist.barrier() would ask the GPU.
         dist.all_reduce(torch.zeros(1))
 
-    def from_first(self, value: T | None) -> T:
+    def from_first(self, value: T) -> T:
         """What rank 0 gave as ``value``, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
-        return cast(T, values[0])
+        return values[0]
 
     def same(self, value: str) -> bool:
         """Whether every rank gave the same ``value``."""

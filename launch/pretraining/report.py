@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -24,7 +25,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from torch import Tensor
@@ -34,8 +34,8 @@ LOG_NAME = "log.jsonl"
 
 @dataclass(frozen=True)
 class Trust:
-    """Trust ratios of one step: over all adapted parameters, and the median of each layer group's
-    weight matrices."""
+    """Trust ratios of the weight matrices in one step: over all of them, and the median of each
+    layer group."""
 
     min: float
     median: float
@@ -53,7 +53,7 @@ class TrainRow:
     lr: float
     tokens_per_s: float
     trust: Trust | None = None
-    kind: str = field(default="train", init=False)
+    kind: ClassVar[str] = "train"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class HeldOutRow:
     step: int
     loss: float
     accuracy: float
-    kind: str = field(default="held_out", init=False)
+    kind: ClassVar[str] = "held_out"
 
 
 class Outlet(Protocol):
@@ -126,16 +126,16 @@ class JsonLines:
         part.replace(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+    def _write(self, rows: Sequence[TrainRow | HeldOutRow]) -> None:
+        self._file.writelines(json.dumps({"kind": row.kind, **asdict(row)}) + "\n" for row in rows)
         # What is on the screen is in the file: someone is reading along.
         self._file.flush()
 
     def train(self, rows: Sequence[TrainRow]) -> None:
-        self._write([asdict(row) for row in rows])
+        self._write(rows)
 
     def held_out(self, row: HeldOutRow) -> None:
-        self._write([asdict(row)])
+        self._write([row])
 
     def say(self, text: str) -> None:
         pass
@@ -210,15 +210,17 @@ class LiveBar:
     """A bar at the bottom of the terminal; evaluations and remarks scroll above it."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
+        console = Console(highlight=False)
+        # rich shortens every column of a terminal that is too narrow, the numbers too.
+        bar = [BarColumn(bar_width=None)] if console.width >= 110 else []
         self._bar = Progress(
             MofNCompleteColumn(),
-            BarColumn(bar_width=None),
+            *bar,
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
             TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=Console(highlight=False),
-            expand=True,
+            TimeRemainingColumn(compact=True),
+            console=console,
+            expand=bool(bar),
         )
         self._task: TaskID = self._bar.add_task(
             "", total=total_steps, completed=first_step, numbers="starting"
@@ -232,7 +234,7 @@ class LiveBar:
         self.say(_held_out_line(row))
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False)
+        self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()
@@ -255,6 +257,9 @@ class PlainLines:
 
     def held_out(self, row: HeldOutRow) -> None:
         self.say(_held_out_line(row))
+        if row.step == self._first_step:
+            # Counted among the first few steps, it would make the run look twice as long.
+            self._started = time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -264,7 +269,7 @@ class PlainLines:
 
 
 def _numbers(row: TrainRow) -> str:
-    text = f"loss {row.loss:.4f}  lr {row.lr:.2e}  {compact(row.tokens_per_s)} tokens/s"
+    text = f"loss {row.loss:.4f}  lr {row.lr:.1e}  {compact(row.tokens_per_s)} tokens/s"
     if row.trust is not None:
         text += f"  trust {row.trust.min:.2g}/{row.trust.median:.2g}/{row.trust.max:.2g}"
     return text
@@ -300,28 +305,27 @@ def layer_group(name: str) -> str:
 
 
 def summarize_trust(ratios: dict[str, Tensor], shapes: dict[str, torch.Size]) -> Trust | None:
-    """Read the trust ratios of a step; waits for the device once.
+    """Read the trust ratios of a step; waits for the device once. None where there are none.
+
+    Biases and normalisation weights are left out: they start at 0 or 1, so their ratios are on
+    another scale (or 1 where they are not adapted), and would hide those of the weight matrices.
 
     Args:
         ratios: 0-d tensors by parameter name.
-        shapes: of the parameters by name. A group's median is over its weight matrices, because
-            biases and normalisation weights start at 0 or 1 and move on another scale.
+        shapes: of the parameters by name.
     """
-    if not ratios:
+    names = [name for name in ratios if len(shapes[name]) > 1]
+    if not names:
         return None
-    values = torch.stack([ratio.float() for ratio in ratios.values()]).cpu()
+    values = torch.stack([ratios[name].float() for name in names]).cpu()
     by_group: dict[str, list[float]] = {}
-    for name, value in zip(ratios, values.tolist(), strict=True):
-        if len(shapes[name]) > 1:
-            by_group.setdefault(layer_group(name), []).append(value)
+    for name, value in zip(names, values.tolist(), strict=True):
+        by_group.setdefault(layer_group(name), []).append(value)
     return Trust(
         min=values.min().item(),
         median=values.median().item(),
         max=values.max().item(),
-        groups={
-            group: torch.tensor(members).median().item()
-            for group, members in sorted(by_group.items())
-        },
+        groups={group: statistics.median(by_group[group]) for group in sorted(by_group)},
     )
 
 

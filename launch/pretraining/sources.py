@@ -42,7 +42,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Every document of a source, in the order of their paths."""
+    """Every document of a source, in the order of their paths. ``nbytes`` without duplicates,
+    ``sha256`` of all files read."""
 
     source: str
     documents: tuple[Document, ...]
@@ -89,13 +90,14 @@ def read_corpus(path: str, document_bytes: int) -> Corpus:
         if b"\0" in content[:8192]:
             binary_files += 1
             continue
+        # With the length, bytes that move from one file into the next change it too.
+        whole.update(len(content).to_bytes(8, "big") + content)
         for start, stop in _cuts(content, document_bytes):
             digest = hashlib.sha256(content[start:stop]).digest()
             if digest in seen:
                 duplicates += 1
                 continue
             seen.add(digest)
-            whole.update(digest)
             position = int.from_bytes(digest[:8], "big") / 2**64
             documents.append(Document(file, start, stop, position))
             nbytes += stop - start

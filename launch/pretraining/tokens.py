@@ -59,12 +59,12 @@ class TokenCache:
     @property
     def digest(self) -> str:
         """Of the token ids: ranks that differ here would train on different text."""
-        return self.meta["tokens_sha256"]
+        return str(self.meta["tokens_sha256"])
 
     @property
     def vocabulary(self) -> int:
         """Tokens the tokenizer really has; at most ``data.vocab_size``."""
-        return self.meta["vocabulary"]
+        return int(self.meta["vocabulary"])
 
     @property
     def train(self) -> npt.NDArray[np.integer]:
@@ -98,6 +98,7 @@ def cache_key(corpus: Corpus, data: DataConfig) -> str:
         "format": _FORMAT,
         "tokenizers": tokenizers.__version__,
         "corpus": corpus.sha256,
+        "document_bytes": data.document_bytes,
         "vocab_size": data.vocab_size,
         "held_out_fraction": data.held_out_fraction,
         "tokenizer_bytes": data.tokenizer_bytes,

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs what is missing, then trains a small BERT on two CPU ranks: launch/quickstart.sh
+# Arguments go to launch/pretrain.py, e.g. --set optim.lr=5e-3 train.run_dir=runs/slower
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+ready pretrain
+# With torchrun's own store, restarted workers would read the keys of those before them and hang.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun's default, said here so that it does not warn; pretrain.py takes its share of the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
+    "$ROOT/launch/pretrain.py" "$ROOT/configs/quickstart.toml" "$@"

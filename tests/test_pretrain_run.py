@@ -1,0 +1,292 @@
+"""Real runs of launch/pretrain.py: the number of ranks and an interruption leave no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pretrain
+import pytest
+import torch
+import torch.distributed as dist
+from pretraining.report import read_log
+from test_corpus import write_texts
+
+ROOT = Path(__file__).parent.parent
+STEPS, CRASH_AT = 12, 8
+
+# pytest's captured stderr is no file; torchrun's workers have a real one.
+pytestmark = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+
+CONFIG = f"""
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+max_position_embeddings = 16
+hidden_dropout_prob = 0.0
+attention_probs_dropout_prob = 0.0
+initializer_range = 0.1
+[data]
+path = "PATH"
+vocab_size = 400
+seq_len = 16
+held_out_fraction = 0.2
+cache_dir = "CACHE"
+[optim]
+lr = 5e-2
+base_batch = 16
+warmup_epochs = 0.02
+[train]
+steps = {STEPS}
+global_batch = 16
+micro_batch = 4
+device = "cpu"
+log_every = 3
+eval_every = 4
+eval_sequences = 21
+save_every = 5
+"""
+
+# Both ranks die in the step after the log was written further than the checkpoint.
+CRASHING = f"""
+import os, sys
+import pretrain
+from pretraining.report import JsonLines
+
+step = pretrain._Loop.step
+def crash(self, number):
+    if number == {CRASH_AT}:
+        os._exit(9)
+    step(self, number)
+pretrain._Loop.step = crash
+pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    texts = write_texts(folder / "texts", files=60, lines=20)
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG.replace("PATH", str(texts)).replace("CACHE", str(folder / "cache")))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_here(config: Path, run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    """A run of one rank, in this process; its log."""
+    pretrain.main([str(config), "--set", f"train.run_dir={run_dir}", *overrides])
+    return read_log(run_dir / "log.jsonl")
+
+
+def torchrun(script: Path, config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> str:
+    """A run under torchrun, in processes of its own; what it printed. Raises if it failed."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks), str(script), str(config)),
+            *("--set", f"train.run_dir={run_dir}", *overrides),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "launch"), str(ROOT)]),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout)
+    return done.stdout
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What must not depend on time: all but tokens/s."""
+    return [
+        (row["kind"], row["step"], row["loss"], row.get("lr"), row.get("accuracy"))
+        for row in sorted(rows, key=lambda row: (row["step"], row["kind"]))
+    ]
+
+
+def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """The greatest difference of losses; the rows must be of the same steps and lr."""
+    pairs = list(zip(numbers(one), numbers(other), strict=True))
+    assert all((a[0], a[1], a[3]) == (b[0], b[1], b[3]) for a, b in pairs)
+    return max(abs(a[2] - b[2]) for a, b in pairs)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_path: Path) -> None:
+    one = run_here(config, tmp_path / "one")
+    train = [row for row in one if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in one if row["kind"] == "held_out"] == [0, 4, 8, 12]
+    assert one[-1]["loss"] < one[0]["loss"] - 0.3
+
+    printed = torchrun(ROOT / "launch" / "pretrain.py", config, tmp_path / "two")
+    two = read_log(tmp_path / "two" / "log.jsonl")
+    assert difference(one, two) < 1e-3
+    assert f"held-out loss {two[0]['loss']:.3f} -> {two[-1]['loss']:.3f}" in printed
+
+    crashing = tmp_path / "crashing.py"
+    crashing.write_text(CRASHING)
+    broken = tmp_path / "broken"
+    with pytest.raises(RuntimeError, match="exitcode  : 9"):
+        torchrun(crashing, config, broken)
+    left = read_log(broken / "log.jsonl")
+    assert max(row["step"] for row in left) == 6
+    assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 5
+
+    # On one rank what two had saved, and on two.
+    fewer = tmp_path / "fewer"
+    shutil.copytree(broken, fewer)
+    assert difference(run_here(config, fewer), one) < 1e-3
+    printed = torchrun(ROOT / "launch" / "pretrain.py", config, broken)
+    assert "resumed at step 5" in printed
+    assert numbers(read_log(broken / "log.jsonl")) == numbers(two)
+
+
+def test_dropout_and_another_micro_batch_resume_exactly(config: Path, tmp_path: Path) -> None:
+    dropout = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
+    whole = run_here(config, tmp_path / "whole", *dropout)
+    original = pretrain._Loop.step
+
+    def crash(self: Any, step: int) -> None:
+        if step == CRASH_AT:
+            raise KeyboardInterrupt
+        original(self, step)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretrain._Loop, "step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(config, tmp_path / "broken", *dropout)
+    dist.destroy_process_group()
+    assert numbers(run_here(config, tmp_path / "broken", *dropout)) == numbers(whole)
+    # Dropout does something, so that equality above means something.
+    plain = run_here(config, tmp_path / "plain")
+    assert difference(plain, whole) > 1e-3
+    at_once = run_here(config, tmp_path / "at_once", "train.micro_batch=16")
+    assert difference(plain, at_once) < 1e-3
+
+
+def test_what_a_run_leaves(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import BertConfig, BertForMaskedLM
+
+    rows = run_here(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "sha256" in printed
+    assert "60 files" in printed
+
+    groups = {"embeddings", "layer 00", "layer 01", "head"}
+    for row in rows:
+        if row["kind"] == "train":
+            assert row["tokens_per_s"] > 0
+            # Steps that are logged or evaluated, and those before a checkpoint.
+            assert (row["trust"] is not None) == (row["step"] in {3, 4, 5, 6, 8, 9, 10, 12})
+        if row.get("trust"):
+            trust = row["trust"]
+            assert trust["groups"].keys() == groups
+            assert 0 < trust["min"] <= trust["median"] <= trust["max"]
+        if row["kind"] == "held_out":
+            assert 0 <= row["accuracy"] <= 1
+
+    run = tmp_path / "run"
+    about = json.loads((run / "run.json").read_text())
+    assert about["config"]["train"]["steps"] == STEPS
+    assert about["corpus"]["files"] == 60
+    picture = (run / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == {
+        row["step"]: pytest.approx(row["loss"]) for row in rows if row["kind"] == "train"
+    }
+    assert len(events.Scalars("held_out/accuracy")) == 4
+    assert {f"trust_ratio_of/{group}" for group in groups} <= set(events.Tags()["scalars"])
+
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == STEPS
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=400,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=16,
+        )
+    )
+    model.load_state_dict(saved["model"])
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint.pt",
+        "curves.png",
+        "log.jsonl",
+        "run.json",
+        "tensorboard",
+        "tokenizer.json",
+    ]
+
+
+def test_another_start_and_a_longer_run(config: Path, tmp_path: Path, capsys: Any) -> None:
+    run_here(config, tmp_path / "first", "train.steps=4")
+    capsys.readouterr()
+    assert len(run_here(config, tmp_path / "first", "train.steps=4")) == 4 + 2
+    assert "nothing left to do" in capsys.readouterr().out
+
+    longer = run_here(config, tmp_path / "first", "train.steps=6")
+    assert "train.steps: 4 -> 6" in capsys.readouterr().out
+    assert [row["step"] for row in longer if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+    start = f"train.init_from={tmp_path}/first/checkpoint.pt"
+    second = run_here(config, tmp_path / "second", start, "train.steps=1")
+    assert second[0]["loss"] == longer[-1]["loss"]
+
+    with pytest.raises(SystemExit):
+        run_here(config, tmp_path / "first", "optim.lr=1e-3")
+    assert "settings (optim.lr: 0.05 -> 0.001); choose another" in capsys.readouterr().err
+    dist.destroy_process_group()
+    fresh = run_here(config, tmp_path / "first", "optim.lr=1e-3", "train.resume=never")
+    assert numbers(fresh)[0][1] == 0
+    assert len(fresh) == STEPS + 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/absent", "data.path = '/absent': is no file, folder or glob of files"),
+        ("train.micro_batch=3", "train.micro_batch = 3 does not divide the 16 sequences"),
+        ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("train.init_from=absent.pt", "absent.pt: no such checkpoint"),
+        ("optim.lr=1e30", "lower optim.lr or lengthen the warm-up"),
+    ],
+)
+def test_errors_are_one_line(
+    config: Path, tmp_path: Path, capsys: Any, override: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_here(config, tmp_path / "run", override)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pretrain: error: ")
+    assert message in error
