@@ -6,6 +6,7 @@ own flat buffers) and in what a norm is (:mod:`dist_lamb.norms`); the step itsel
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias, TypedDict, Unpack
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import kernels, options, rule
 from .kernels import Work
+from .kernels.tables import GroupTable, Segment, Table, capturing
 from .norms import Norms
 from .state import TENSOR_STATES, state_like
 
@@ -63,6 +65,7 @@ class LambBase(Optimizer):
         # GradScaler then hands over the loss scale and the overflow flag as tensors instead of
         # deciding on the host, rank by rank, whether step() is called at all.
         self._step_supports_amp_scaling = True
+        self._captured: list[Any] = []
         self._forget_caches()
         super().__init__(params, defaults)
 
@@ -83,7 +86,8 @@ class LambBase(Optimizer):
         self._forget_caches()
 
     def _check_param(self, name: str, p: Tensor) -> None:
-        if not p.is_floating_point():
+        # one byte: float8, which has no arithmetic
+        if not p.is_floating_point() or p.element_size() < 2:
             raise TypeError(
                 f"{type(self).__name__} optimizes real floating-point tensors; {name} is {p.dtype}"
             )
@@ -113,6 +117,8 @@ class LambBase(Optimizer):
         self._group_of: dict[torch.device, Tensor] = {}
         self._counters: dict[torch.device, Tensor] = {}
         self._ratios: dict[torch.device, Tensor] = {}
+        self._fused_groups: dict[torch.device, GroupTable] = {}
+        self._fused_works: tuple[Any, Table] | None = None
 
     def _hyperparameters(self, device: torch.device) -> rule.Hyperparameters:
         """The groups' options, float64, one column each, gathered to [params] on ``device``."""
@@ -161,6 +167,10 @@ class LambBase(Optimizer):
         ``active`` are bool [params], per device; ``masked`` says that rows of inactive params are
         among the works too, with zero gradients. Nothing here waits for a device.
         """
+        table = self._table_of(works)
+        if table is not None:
+            self._update_fused(table, norms, active[table.device])
+            return
         backends = [kernels.select(self.impl, w.device, w.numel) for w in works]
         on = {d: [(w, k) for w, k in zip(works, backends) if w.device == d] for d in active}
 
@@ -190,24 +200,66 @@ class LambBase(Optimizer):
 
             # 3. moments, and sums of squares of x and u: [x^2, u^2, updated] per param
             local = torch.zeros(len(t), 3, dtype=torch.float64, device=device)
+            local[:, 2] = self._counts(h, taking_part, [w for w, _ in on[device]])
             for work, backend in on[device]:
                 local[:, :2] += work.rows.sum(backend.moments(work, c.to(work.dtype)))
-            local[:, 2] = self._counts(h, taking_part, [w for w, _ in on[device]])
-            coefficients[device] = (h, c, t)
+            coefficients[device] = (h, c, t, taking_part)
             # 4. over ranks: one all-reduce
             sums[device] = norms.per_param(local)
 
-        for device, (h, c, t) in coefficients.items():
+        for device, (h, c, t, taking_part) in coefficients.items():
             # 5. trust ratio
             x_sq, u_sq, updated = sums[device].unbind(1)
             rho = rule.trust_ratio(x_sq, u_sq, h)
             self._counters[device].copy_(torch.where(updated > 0, t, self._counters[device]))
             # Rounded as the params are, so that the order of the ranks leaves no trace here either.
             self._ratios[device] = torch.where(updated > 0, rho, torch.nan).float()
+            if self._lr_known_zero():
+                self._erase(taking_part & ~(updated > 0), [w for w, _ in on[device]])
+                c = rule.only_where(updated > 0, c, guard=False)
             # 6. x <- x - lr * rho * u
             step_size = torch.where(updated > 0, h.lr * rho, 0.0)
             for work, backend in on[device]:
                 backend.apply(work, c.to(work.dtype), step_size.to(work.dtype))
+
+    def _update_fused(self, table: Table, norms: Norms, active: Tensor | None) -> None:
+        """The same in one backend's own launches; ``active`` None: as the table's gradients say."""
+        from .kernels import fused_triton
+
+        device = table.device
+        if capturing(device) and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"step() of this {type(self).__name__} is being captured in a CUDA graph, which "
+                "needs capturable=True"
+            )
+        if device not in self._fused_groups:
+            self._fused_groups[device] = GroupTable(device, self._captured)
+        self._ratios[device] = fused_triton.update(
+            table,
+            self._fused_groups[device].of(self.param_groups),
+            self._steps(device),
+            norms,
+            clip=any(map(options.clips, self.param_groups)),
+            lr_zero=self._lr_known_zero(),
+            active=active,
+            loss_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+
+    def _table_of(self, works: Sequence[Work]) -> Table | None:
+        """The table of ``works``, a list that stays the same from step to step; None: not fused."""
+        if self._fused_works is None or self._fused_works[0] is not works:
+            kinds = [(work.device, work.dtype) for work in works]
+            if not kinds or kernels.fused(self.impl, kinds) is None:
+                return None
+            segments = [segment for work in works for segment in work.segments()]
+            segments.sort(key=lambda segment: segment.param)
+            self._fused_works = (works, self._table(segments, works[0].device))
+        return self._fused_works[1]
+
+    def _table(self, segments: Sequence[Segment], device: torch.device) -> Table:
+        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        return Table(segments, group_of, device, self._captured)
 
     def _gradient_scale(
         self, works: Sequence[tuple[Work, kernels.Kernels]], norms: Norms
@@ -243,20 +295,38 @@ class LambBase(Optimizer):
 
         torch.distributed.checkpoint makes optimizers create their state by a step with lr = 0 and
         zero gradients. That must leave no counter behind, or the first real step would be
-        bias-corrected as the second; so at lr = 0 only params whose moments are not all zero count.
+        bias-corrected as the second; so at lr = 0 a param without history and gradient does not
+        count.
         """
         counts = taking_part.double()
-        known_zero = any(
-            (lr.device.type == "cpu" and not lr.any()) if isinstance(lr, Tensor) else lr == 0
-            for lr in (group["lr"] for group in self.param_groups)
-        )
-        if known_zero:
+        if self._lr_known_zero():
             seen = torch.zeros_like(counts)
             for w in works:
-                rows = [(b.exp_avg != 0).any(dim=1).double() for b in w.blocks]
+                rows = [
+                    torch.stack([(t != 0).any(dim=1) for t in (b.grad, b.exp_avg, b.exp_avg_sq)])
+                    .any(dim=0)
+                    .double()
+                    for b in w.blocks
+                ]
                 seen += w.rows.sum(torch.cat(rows)) if rows else 0.0
             counts = counts * ((h.lr != 0) | (seen > 0))
         return counts
+
+    @staticmethod
+    def _erase(which: Tensor, works: Sequence[Work]) -> None:
+        """Zero again the moments of params whose step did not count: L2 decay has entered them."""
+        for w in works:
+            for b, index in zip(w.blocks, w.rows.indices):
+                keep = ~which[index][:, None]
+                b.exp_avg.mul_(keep)
+                b.exp_avg_sq.mul_(keep)
+
+    def _lr_known_zero(self) -> bool:
+        """Whether some group's lr is 0, as far as the host can tell."""
+        return any(
+            (lr.device.type == "cpu" and not lr.any()) if isinstance(lr, Tensor) else lr == 0
+            for lr in (group["lr"] for group in self.param_groups)
+        )
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -281,6 +351,7 @@ class LambBase(Optimizer):
         for group in self.param_groups:
             for name, value in {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}.items():
                 group.setdefault(name, value)
+        self.__dict__.setdefault("_captured", [])
         self._forget_caches()
         loading = self.__dict__.get("_loading")
         if loading:
@@ -296,9 +367,9 @@ class LambBase(Optimizer):
         def keep_tensors(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
             self._loading = self._tensors_by_param(saved)
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
-            # gets to see none of them but the step.
+            # gets to see none of them but the step, and of that a copy: it would keep the caller's.
             rest = {
-                key: {n: v for n, v in entry.items() if n not in TENSOR_STATES}
+                key: {n: copy.deepcopy(v) for n, v in entry.items() if n not in TENSOR_STATES}
                 for key, entry in saved["state"].items()
             }
             return {**saved, "state": rest}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
+from . import kernels
 from .base import Closure, LambBase, Options, ParamsT
 from .kernels import Block, RowMap, Work
+from .kernels.tables import Segment, Table, capturing, supports
 from .norms import LocalNorms
 from .sharding.comm import is_dtensor
-from .state import as_laid_out, complete_state, flat_row, is_dense, state_dtype
+from .state import TENSOR_STATES, as_laid_out, complete_state, flat_row, is_dense, state_dtype
 
 
 class Lamb(LambBase):
@@ -34,9 +38,12 @@ class Lamb(LambBase):
         trust_clip: ``(lo, hi)`` clamp of the trust ratio; LAMBC is (0, 1).
         phi: ``(lo, hi)`` clamp of ||x|| in the trust ratio.
         maximize: ascend instead of descend.
-        impl: ``"auto"``, ``"reference"``, ``"foreach"`` or ``"compiled"`` (torch.compile).
-        foreach, fused, capturable: torch's flags; ``foreach=True`` is ``impl="foreach"``,
-            ``fused=True`` is ``impl="auto"``.
+        impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
+            ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
+        foreach, fused: torch's flags; ``foreach=True`` is ``impl="foreach"``, ``fused=True`` is
+            ``impl="auto"``.
+        capturable: allow ``step()`` to be captured in a CUDA graph (Triton only), after at least
+            one step outside of it; an lr that changes between replays must be a device tensor.
 
     Options may differ between groups; :func:`dist_lamb.options.preset` has named sets of them.
 
@@ -66,6 +73,7 @@ class Lamb(LambBase):
         super()._forget_caches()
         self._maps: dict[_Kind, tuple[list[int], RowMap]] = {}
         self._active: dict[torch.device, tuple[list[int], Tensor]] = {}
+        self._plan: _Plan | None = None
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -77,14 +85,78 @@ class Lamb(LambBase):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [(i, p) for i, p in enumerate(self._all_params()) if p.grad is not None]
+        params = self._all_params()
+        grads = list(map(_GRAD, params))
+        if self._plan is not None and self._plan.fits(params, grads, self.state):
+            # every check was made when the plan was
+            self._update_fused(self._plan.table, LocalNorms(), active=None)
+            return loss
+        stepped = [(i, p) for i, p in enumerate(params) if p.grad is not None]
         if stepped:
             self._validate(stepped)
-            works, gaps = self._works(stepped)
-            self._update(works, self._active_masks(stepped), LocalNorms(), masked=False)
+            if kernels.fused(self.impl, ((p.device, p.dtype) for _, p in stepped)):
+                gaps = self._step_planned(params, stepped)
+            else:
+                works, gaps = self._works(stepped)
+                self._update(works, self._active_masks(stepped), LocalNorms(), masked=False)
             for p, dense in gaps:
                 p.copy_(dense)
         return loss
+
+    def _step_planned(
+        self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The fused step, and where nothing is out of the ordinary a plan for the next ones.
+
+        Returns (param, dense copy) where a param has gaps.
+        """
+        device = stepped[0][1].device
+        chosen = {i for i, _ in stepped}
+        # Params that were stepped before stay in the table: gradients may come and go.
+        chosen |= {
+            i
+            for i, p in enumerate(params)
+            if p.device == device
+            and supports(p.dtype)
+            and is_dense(p)
+            and "exp_avg" in self.state.get(p, ())
+        }
+        segments = [self._segment(i, params[i]) for i in sorted(chosen)]
+        gaps = self._gaps(params, segments)
+        moved = any(
+            s.grad is not None and s.grad.data_ptr() != params[s.param].grad.data_ptr()  # type: ignore[union-attr]
+            for s in segments
+        )
+        table = self._table(segments, device)
+        self._plan = None if gaps or moved else _Plan(table, params, segments, self.state)
+        self._update_fused(table, LocalNorms(), active=None)
+        return gaps
+
+    def _segment(self, i: int, p: Tensor) -> Segment:
+        """What the step of a param touches, its state completed and laid out as the param is."""
+        x = p.detach()
+        if not is_dense(x):
+            x = x.contiguous()
+        state = self.state[p]
+        if "exp_avg" not in state and capturing(p.device):
+            raise RuntimeError(
+                "take a step before capturing step() in a CUDA graph: state that is made inside "
+                "of it would be made anew at every replay"
+            )
+        if "step" not in state:
+            state["step"] = self._steps(p.device)[i].zero_()
+        complete_state(p, x, state)
+        m, v, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
+        grad = None if p.grad is None else as_laid_out(p.grad, x)
+        return (
+            Segment(i, grad, x, m, v, None) if master is None else Segment(i, grad, master, m, v, x)
+        )
+
+    @staticmethod
+    def _gaps(params: list[Tensor], segments: list[Segment]) -> list[tuple[Tensor, Tensor]]:
+        """(param, dense copy) where a param has gaps."""
+        dense = [(params[s.param], s.x if s.copy is None else s.copy) for s in segments]
+        return [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
@@ -105,32 +177,16 @@ class Lamb(LambBase):
     ) -> tuple[list[Work], list[tuple[Tensor, Tensor]]]:
         """One Work per device and dtype of state; (param, dense copy) where a param has gaps."""
         kinds: dict[_Kind, list[tuple[int, Block]]] = {}
-        gaps = []
-        for i, p in stepped:
-            x = p.detach()
-            if not is_dense(x):
-                x = x.contiguous()
-                gaps.append((p, x))
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = self._steps(p.device)[i]
-            complete_state(p, x, state)
-            assert p.grad is not None
-            master = state.get("master")
-            block = Block(
-                flat_row(as_laid_out(p.grad, x)),
-                flat_row(x if master is None else master),
-                flat_row(state["exp_avg"]),
-                flat_row(state["exp_avg_sq"]),
-                None if master is None else flat_row(x),
-            )
+        segments = [self._segment(i, p) for i, p in stepped]
+        for (i, p), segment in zip(stepped, segments):
+            block = Block(*(None if t is None else flat_row(t) for t in segment[1:]))  # type: ignore[arg-type]
             kinds.setdefault(_Kind(p.device, state_dtype(p.dtype)), []).append((i, block))
         works = []
         for kind, rows in kinds.items():
             indices = [i for i, _ in rows]
             blocks = [block for _, block in rows]
             works.append(Work(blocks, self._row_map(kind, indices), kind.dtype, tiled=False))
-        return works, gaps
+        return works, self._gaps(self._all_params(), segments)
 
     def _row_map(self, kind: _Kind, indices: list[int]) -> RowMap:
         cached = self._maps.get(kind)
@@ -155,3 +211,105 @@ class Lamb(LambBase):
 class _Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
+
+
+_GRAD = attrgetter("grad")
+_DATA_PTR = Tensor.data_ptr
+#: (tensors, addresses, indices) -> bool, in C++; private, and only in CUDA builds
+_SAME_ADDRESSES = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
+class _Plan:
+    """What a fused step found in order, and the quickest way to see that it still is.
+
+    The table of addresses, and what it was made from. With a thousand small tensors the host is
+    what a step waits for, so the checks are loops in C: a microsecond or two for ten tensors.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        params: list[Tensor],
+        segments: Sequence[Segment],
+        state: Mapping[Tensor, dict[str, Tensor]],
+    ) -> None:
+        self.table = table
+        self._params = params
+        self._chosen = [s.param for s in segments]
+        self._others = sorted(set(range(len(params))) - set(self._chosen))
+        self._own = [params[i] for i in self._chosen]
+        self._addresses = list(map(_DATA_PTR, self._own))
+        self._indices = list(range(len(self._own)))
+        self._entries = list(state.values())
+        entries = [state[p] for p in self._own]
+        self._held = []
+        for name in TENSOR_STATES:
+            having = [entry for entry in entries if name in entry]
+            self._held.append((itemgetter(name), having, [entry[name] for entry in having]))
+        like = [p if s.grad is None else s.grad for s, p in zip(segments, self._own)]
+        self._kinds = [(g.dtype, g.stride()) for g in like]
+        self._guard = _guard(like)
+
+    def fits(
+        self,
+        params: list[Tensor],
+        grads: Sequence[Tensor | None],
+        state: Mapping[Tensor, dict[str, Tensor]],
+    ) -> bool:
+        """Whether the table holds for this step too; it has the gradients' addresses then."""
+        return (
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            # params whose memory was replaced: model.to(), a loader
+            and self._stayed()
+            # state that was dropped or replaced
+            and len(state) == len(self._entries)
+            and all(map(is_, state.values(), self._entries))
+            and all(all(map(is_, map(get, having), held)) for get, having, held in self._held)
+            and self._takes(grads)
+        )
+
+    def _stayed(self) -> bool:
+        if _SAME_ADDRESSES is not None:
+            return bool(_SAME_ADDRESSES(self._own, self._addresses, self._indices))
+        return list(map(_DATA_PTR, self._own)) == self._addresses
+
+    def _takes(self, grads: Sequence[Tensor | None]) -> bool:
+        if self._others:
+            if any(grads[i] is not None for i in self._others):
+                return False
+            grads = [grads[i] for i in self._chosen]
+        present = None
+        try:
+            addresses = list(map(_DATA_PTR, grads))  # type: ignore[arg-type]
+        except TypeError:
+            present = [g is not None for g in grads]
+            if not any(present):
+                return False
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+        except RuntimeError:
+            return False  # a sparse gradient
+        if present is not None or self._guard is None or not self._guard(*grads):
+            # A gradient may have another dtype or memory format at the same address as before.
+            for g, kind in zip(grads, self._kinds):
+                if g is not None and (g.dtype, g.stride()) != kind:
+                    return False
+        self.table.set_gradients(addresses, present)
+        return True
+
+
+def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
+    """``check(*others)``: the same dtypes, sizes and strides? 0.1 us a tensor; False is no proof.
+
+    torch.compile's own check, five times as fast as a loop over dtypes and strides in Python.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = guards.check
+        return check if check(*tensors) else None
+    except Exception:  # private: it may change in any way
+        return None

@@ -17,6 +17,9 @@ from .sharding.comm import Comm
 class Norms(Protocol):
     """Adds local sums up over ranks, in place or not; every rank gets the same bits."""
 
+    #: Whether there is nothing to add.
+    local: bool
+
     def per_param(self, sums: Tensor) -> Tensor:
         """float64 [params, columns] of this rank -> of all ranks."""
         ...
@@ -28,6 +31,8 @@ class Norms(Protocol):
 
 class LocalNorms:
     """Every tensor is whole on this device: nothing to add."""
+
+    local = True
 
     def per_param(self, sums: Tensor) -> Tensor:
         return sums
@@ -41,6 +46,7 @@ class FlatNorms:
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
+        self.local = comm.world_size == 1
 
     def per_param(self, sums: Tensor) -> Tensor:
         return self._comm.all_reduce_sum(sums)

@@ -7,12 +7,13 @@ Every option lives in a torch parameter group, so it may differ between groups, 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import Tensor
 
-IMPLS: Final = ("auto", "reference", "foreach", "compiled")
+IMPLS: Final = ("auto", "reference", "foreach", "compiled", "triton")
 
 #: Options that belong to the rule, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``).
 RULE_DEFAULTS: Final[dict[str, Any]] = {
@@ -78,7 +79,7 @@ def resolve_impl(impl: str, foreach: bool | None, fused: bool | None) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_range(name: str, value: object) -> None:
@@ -98,6 +99,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        # On a GPU the check would wait for the device.
+        if lr.device.type == "cpu" and not 0.0 <= float(lr) < math.inf:
+            raise ValueError(f"Invalid learning rate: {lr!r}")
     elif not _is_number(lr) or not 0.0 <= lr < math.inf:
         raise ValueError(f"Invalid learning rate: {lr!r}")
     betas = group["betas"]

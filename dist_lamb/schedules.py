@@ -24,7 +24,10 @@ def sqrt_scaled_lr(base_lr: float, base_batch: int, batch: int) -> float:
 
 
 def linear_epoch_warmup_steps(warmup_epochs: float, samples_per_epoch: int, batch: int) -> int:
-    """Steps of a warm-up that lasts ``warmup_epochs`` epochs, rounded to the nearest step."""
+    """Steps of a warm-up that lasts ``warmup_epochs`` epochs of this batch, to the nearest step.
+
+    The paper makes ``warmup_epochs`` itself grow with the batch, epochs at 512 times batch / 512.
+    """
     if warmup_epochs < 0 or samples_per_epoch < 1 or batch < 1:
         raise ValueError(
             "warmup_epochs >= 0, samples_per_epoch >= 1 and batch >= 1 expected, got "
@@ -39,7 +42,9 @@ def warmup_linear_decay(
     """Linear to lr over ``warmup_steps``, then linear to ``end_factor * lr`` at ``total_steps``.
 
     The first step already has lr / warmup_steps, since a step at 0 would only cost its batch.
-    Call ``step()`` of what is returned after each ``optimizer.step()``.
+    Call ``step()`` of what is returned after each ``optimizer.step()``. The peak is the groups'
+    lr; where an earlier schedule has left an ``initial_lr`` in a group, as torch does, it is that:
+    set ``initial_lr`` for a second phase with another peak.
     """
     if not 0 <= warmup_steps <= total_steps or total_steps < 1 or not 0 <= end_factor <= 1:
         raise ValueError(

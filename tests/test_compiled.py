@@ -23,7 +23,9 @@ def _frames() -> int:
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
 def test_nothing_recompiles_when_numbers_change(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 steps with a scheduler, changing options, sizes and a param that comes and goes."""
-    monkeypatch.setattr(compiled, "SMALL_NUMEL", 2)
+    # A matrix of one row is a graph of its own; the tensors below have several.
+    monkeypatch.setattr(compiled, "SMALL_NUMEL", 64)
+    monkeypatch.setattr(compiled, "ROW_NUMEL", 8)
     torch._dynamo.reset()
     before = _frames()
     params = models.make_params()

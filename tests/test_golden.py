@@ -22,7 +22,8 @@ IMPLS = ("reference", "foreach", "compiled")
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_lamb(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Otherwise tensors this small would go through foreach.
-    monkeypatch.setattr(compiled, "SMALL_NUMEL", 2)
+    monkeypatch.setattr(compiled, "SMALL_NUMEL", 4)
+    monkeypatch.setattr(compiled, "ROW_NUMEL", 4)
     trajectory = golden.Trajectory.load(name)
     error = trajectory.worst_error(lambda groups: Lamb(groups, impl=impl, **trajectory.options))
     assert error <= golden.TOLERANCE

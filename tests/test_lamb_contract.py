@@ -1175,6 +1175,29 @@ def test_a_warm_up_from_lr_zero_counts(impl: str, lr: float | Tensor) -> None:
             assert relative_error(p, oracle.x[name]) <= 1e-13
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_lr_zero_and_zero_gradients_count_once_there_is_a_history(
+    impl: str, beta1: float, decoupled: bool
+) -> None:
+    """Only a param whose moments are all zero has not begun; with beta1 = 0, v alone tells."""
+    params = make_params(torch.float64)
+    options = {"betas": (beta1, 0.9), "weight_decay": 0.1, "decoupled": decoupled, "lr": 0.1}
+    opt = Lamb(params.items(), impl=impl, **options)
+    oracle = NumpyLamb(to_numpy(params), [(list(params), options)])
+    for step, rate in enumerate((0.1, 0.0, 0.1)):
+        grads = {n: g * (rate > 0) for n, g in gradients(params, step).items()}
+        for name, p in params.items():
+            oracle.options[name]["lr"] = opt.param_groups[0]["lr"] = rate
+            p.grad = grads[name]
+        opt.step()
+        oracle.step(to_numpy(grads))
+        for name, p in params.items():
+            assert opt.state[p]["step"] == step + 1
+            assert relative_error(p, oracle.x[name]) <= 1e-13
+            assert relative_error(opt.state[p]["exp_avg_sq"], oracle.v[name]) <= 1e-13
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarking import workloads as shapes
 import torch
+from benchmarking import workloads as shapes
 
 from dist_lamb.sharded import BUCKET_NUMEL
 from dist_lamb.sharding.buffers import FlatBuffers, spec_of

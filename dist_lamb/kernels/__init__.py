@@ -8,22 +8,27 @@ A backend is a module with three functions on a :class:`Work`::
 
 ``c`` is a :class:`dist_lamb.rule.Coefficients` of [params] tensors, ``step_size`` is [params]; both
 in ``work.dtype``. A partial belongs to a row; ``work.rows.sum`` adds rows up to params.
+
+``fused_triton`` is another kind: it has all phases of a step in one function, on a table of
+addresses, so that the number of launches does not grow with the number of params.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .. import rule
+from .tables import Segment, supports
 
 
 class RowMap:
@@ -102,6 +107,8 @@ class Work:
     rows: RowMap
     dtype: torch.dtype  # of params and of all arithmetic but the sums of squares
     tiled: bool  # blocks are tile matrices
+    #: what a backend keeps between its passes over these same tensors
+    scratch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +123,14 @@ class Work:
         rows = self.rows.subset(chosen)
         return Work([self.blocks[b] for b in chosen], rows, self.dtype, self.tiled)
 
+    def segments(self) -> list[Segment]:
+        """The same, one segment for every run of rows of a param, sorted by param."""
+        found = []
+        for b, lo, hi, k in self.rows.runs:
+            grad, x, m, v, copy = (None if t is None else t[lo:hi] for t in self.blocks[b])
+            found.append(Segment(k, grad, x, m, v, copy))  # type: ignore[arg-type]
+        return sorted(found, key=lambda segment: segment.param)
+
 
 class Kernels(Protocol):
     def grad_sq(self, work: Work) -> Tensor: ...
@@ -129,7 +144,7 @@ def square_sum(t: Tensor) -> Tensor:
     The squares themselves are float64: rounding them to float32 first would leave norms that
     depend on how the tensor was cut.
     """
-    return t.double().square().sum(dim=-1)
+    return t.to(torch.float64, copy=True).square_().sum(dim=-1)
 
 
 @functools.cache
@@ -158,10 +173,43 @@ def select(impl: str, device: torch.device, numel: int) -> Kernels:
             worth_it = numel >= COMPILE_FROM_NUMEL and has_cpp_compiler()
             impl = "compiled" if worth_it else "foreach"
         else:
-            impl = "compiled"
+            impl = "compiled" if has_triton() else "foreach"
+    elif impl == "triton":
+        impl = "foreach"  # for what fused() does not take
     elif impl == "compiled" and device.type == "cpu" and not has_cpp_compiler():
         raise RuntimeError("impl='compiled' on CPU needs a C++ compiler, and none was found")
     return cast(Kernels, _module(impl))
+
+
+def fused(impl: str, kinds: Iterable[tuple[torch.device, torch.dtype]]) -> ModuleType | None:
+    """``fused_triton`` if ``impl`` means it and it can update params of ``kinds``, else None.
+
+    It takes float32 and half-precision params on one device; others go to what :func:`select` says.
+    Raises ``RuntimeError`` saying why if Triton was asked for and cannot run there.
+    """
+    kinds = set(kinds)
+    devices = {device for device, _ in kinds}
+    on_gpu = all(device.type == "cuda" for device in devices)  # ROCm too
+    if impl == "triton":
+        if not has_triton():
+            raise RuntimeError("impl='triton' needs the triton package, which is not installed")
+    elif impl != "auto" or not on_gpu or not has_triton():
+        return None
+    from . import fused_triton
+
+    if not on_gpu and not fused_triton.INTERPRETED:
+        raise RuntimeError(
+            "impl='triton' runs on CUDA and ROCm devices, and params are on "
+            f"{', '.join(sorted({d.type for d in devices}))}; with TRITON_INTERPRET=1 in the "
+            "environment it is interpreted, slowly, for tests"
+        )
+    fits = len(devices) == 1 and all(supports(dtype) for _, dtype in kinds)
+    return fused_triton if fits else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _module(impl: str) -> ModuleType:

@@ -8,6 +8,7 @@ every number that may change between steps is an element of a table: nothing rec
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -58,7 +59,12 @@ def _apply(
 
 
 # Each row takes its own param's coefficients. Compiled once for any number of rows.
-_compile = torch.compile(dynamic=True, fullgraph=True)
+# The limit counts graphs for other dtypes, options left out and matrices of a single row: with
+# torch's own limit of 8, a process with many unlike optimizers would end in an error.
+_more: dict[str, Any] = (
+    {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
+)
+_compile = torch.compile(dynamic=True, fullgraph=True, **_more)
 
 
 @_compile
@@ -110,6 +116,14 @@ class _Cut:
         self.rest = Work(rest, work.rows.subset(self.rest_of), work.dtype, tiled=False)
 
 
+def _cut(work: Work) -> _Cut:
+    """Made once for all passes of a step."""
+    if "cut" not in work.scratch:
+        work.scratch["cut"] = _Cut(work)
+    cut: _Cut = work.scratch["cut"]
+    return cut
+
+
 def _zeros(work: Work, *columns: int) -> Tensor:
     rows = len(work.rows.index)
     return torch.zeros(rows, *columns, dtype=torch.float64, device=work.device)
@@ -118,7 +132,7 @@ def _zeros(work: Work, *columns: int) -> Tensor:
 def grad_sq(work: Work) -> Tensor:
     if work.tiled and work.blocks:
         return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
-    cut, out = _Cut(work), _zeros(work)
+    cut, out = _cut(work), _zeros(work)
     out[cut.rest_of] += foreach.grad_sq(cut.rest)
     for b, tiles, _ in cut.tiled:
         out[b] += _call(_tiled_grad_sq, tiles.grad).sum(0)
@@ -134,7 +148,7 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
                 for block, index in zip(work.blocks, work.rows.indices)
             ]
         )
-    cut, out = _Cut(work), _zeros(work, 2)
+    cut, out = _cut(work), _zeros(work, 2)
     out[cut.rest_of] += foreach.moments(cut.rest, c)
     for b, tiles, index in cut.tiled:
         out[b] += _call(_tiled_moments, *tiles[:4], table, index).sum(0)
@@ -145,7 +159,7 @@ def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
     table = _table(c)
     blocks = list(zip(work.blocks, work.rows.indices))
     if not work.tiled:
-        cut = _Cut(work)
+        cut = _cut(work)
         foreach.apply(cut.rest, c, step_size)
         blocks = [(tiles, index) for _, tiles, index in cut.tiled]
     for (_, x, m, v, copy), index in blocks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
-from . import Work, square_sum
+from . import Block, Work, square_sum
 
 #: Elements worked on at a time. Bounds the temporaries, and on a CPU keeps them in its cache.
 PIECE_NUMEL = {"cpu": 2**18}
@@ -58,7 +58,11 @@ class TensorList:
 
     def where(self, condition: Any, other: float) -> TensorList:
         conditions = getattr(condition, "tensors", condition)
-        chosen = [torch.where(c, t, other) for c, t in zip(conditions, self.tensors)]
+        # on a CPU they are plain bools
+        chosen = [
+            torch.where(torch.as_tensor(c, device=t.device), t, other)
+            for c, t in zip(conditions, self.tensors)
+        ]
         return TensorList(chosen, scratch=True)
 
 
@@ -69,13 +73,24 @@ class _Piece(NamedTuple):
     x: list[Tensor]
     m: list[Tensor]
     v: list[Tensor]
-    copies: list[Tensor | None]
-    rows: list[slice]  # of the concatenated rows, one a tensor
+    rows: list[slice]  # of the concatenated rows: one for each part
+    parts: list[Block]
+    #: elements of each part where they are joined into one row; None: the lists are the parts
+    lengths: list[int] | None
+
+    def write(self, name: str, new: list[Tensor]) -> None:
+        """Into the tensors called ``name`` of the parts' blocks, where they have one."""
+        if self.lengths is not None:
+            new = list(torch.split(new[0], self.lengths, dim=1))
+        pairs = [(getattr(part, name), t) for part, t in zip(self.parts, new)]
+        pairs = [(own, t) for own, t in pairs if own is not None]
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [t for _, t in pairs])
 
 
 def _pieces(work: Work) -> Iterator[_Piece]:
     limit = PIECE_NUMEL.get(work.device.type, PIECE_NUMEL_GPU)
-    parts: list[Any] = []
+    parts: list[tuple[Block, slice]] = []
     begin = numel = 0
     for block, size in zip(work.blocks, work.rows.sizes):
         cols = block.param.shape[1]
@@ -83,21 +98,32 @@ def _pieces(work: Work) -> Iterator[_Piece]:
         dim, length, step = (1, cols, limit) if size == 1 else (0, size, max(1, limit // cols))
         for at in range(0, length, step):
             n = min(step, length - at)
-            part = [None if t is None else t.narrow(dim, at, n) for t in block]
+            part = block
+            if n < length:
+                part = Block._make([None if t is None else t.narrow(dim, at, n) for t in block])
             rows = slice(begin + at, begin + at + n) if dim == 0 else slice(begin, begin + 1)
-            if parts and numel + n > limit:
+            size_of_part = n * (cols if dim == 0 else 1)
+            if parts and numel + size_of_part > limit:
                 yield _collect(parts)
                 parts, numel = [], 0
-            parts.append((*part, rows))
-            numel += n * (cols if dim == 0 else 1)
+            parts.append((part, rows))
+            numel += size_of_part
         begin += size
     if parts:
         yield _collect(parts)
 
 
-def _collect(parts: list[Any]) -> _Piece:
-    g, x, m, v, copies, rows = (list(column) for column in zip(*parts))
-    return _Piece([a.to(b.dtype) for a, b in zip(g, x)], x, m, v, copies, rows)
+def _collect(found: list[tuple[Block, slice]]) -> _Piece:
+    parts, rows = [part for part, _ in found], [r for _, r in found]
+    x = [part.param for part in parts]
+    m, v = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
+    g = [part.grad.to(part.param.dtype) for part in parts]
+    lengths = None
+    if len(parts) > 1 and x[0].device.type == "cpu" and all(len(t) == 1 for t in x):
+        # A few operations on each of many small tensors would cost more than the arithmetic.
+        lengths = [t.numel() for t in x]
+        g, x, m, v = ([torch.cat(tensors, dim=1)] for tensors in (g, x, m, v))
+    return _Piece(g, x, m, v, rows, parts, lengths)
 
 
 class _Columns:
@@ -108,36 +134,41 @@ class _Columns:
         # for single rows where reading them costs no device sync.
         self._floats = not work.tiled and work.device.type == "cpu"
         self._rows: list[Any] = [None if v is None else v[work.rows.index] for v in vectors]
+        self._values = self._rows
         if self._floats:
-            self._rows = [None if v is None else v.tolist() for v in self._rows]
+            self._values = [None if v is None else v.tolist() for v in self._rows]
 
-    def at(self, rows: list[slice]) -> Iterator[Any]:
-        for values in self._rows:
+    def at(self, piece: _Piece) -> Iterator[Any]:
+        for values, tensor in zip(self._values, self._rows):
             if values is None:
                 yield None
-            elif self._floats:
-                yield [values[r.start] for r in rows]
+            elif not self._floats:
+                yield TensorList([values[r, None] for r in piece.rows])
+            elif piece.lengths is None:
+                yield [values[r.start] for r in piece.rows]
+            elif len(chosen := {values[r.start] for r in piece.rows}) == 1:
+                yield list(chosen)
             else:
-                yield TensorList([values[r, None] for r in rows])
+                each = tensor[[r.start for r in piece.rows]]
+                yield TensorList([each.repeat_interleave(torch.tensor(piece.lengths))[None]])
 
 
-def _add_squares(out: Tensor, rows: list[slice], tensors: Sequence[Tensor]) -> None:
+def _add_squares(out: Tensor, piece: _Piece, tensors: Sequence[Tensor]) -> None:
     """out[rows] += sums of squares; a row may come in several pieces."""
-    if len(tensors) == 1 or any(len(t) > 1 for t in tensors):
-        for r, t in zip(rows, tensors):
+    if piece.lengths is None:
+        for r, t in zip(piece.rows, tensors):
             out[r] += square_sum(t)
-        return
-    # Many single rows: joined, since a few operations on each would cost more than the sums.
-    lengths = torch.tensor([t.numel() for t in tensors], device=out.device)
-    squares = torch.cat([t.flatten() for t in tensors]).double().square_()
-    sums = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True, initial=0)
-    out[[r.start for r in rows]] += sums
+    else:
+        squares = tensors[0][0].to(torch.float64, copy=True).square_()
+        lengths = torch.tensor(piece.lengths)
+        sums = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True, initial=0)
+        out[[r.start for r in piece.rows]] += sums
 
 
 def grad_sq(work: Work) -> Tensor:
     out = torch.zeros(len(work.rows.index), dtype=torch.float64, device=work.device)
     for piece in _pieces(work):
-        _add_squares(out, piece.rows, piece.g)
+        _add_squares(out, piece, piece.g)
     return out
 
 
@@ -145,25 +176,24 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
     out = torch.zeros(len(work.rows.index), 2, dtype=torch.float64, device=work.device)
     columns = _Columns(work, *c)
     for piece in _pieces(work):
-        cp = rule.Coefficients(*columns.at(piece.rows))
+        cp = rule.Coefficients(*columns.at(piece))
         x, m, v = TensorList(piece.x), TensorList(piece.m), TensorList(piece.v)
         g = rule.gradient(TensorList(piece.g), x, cp).keep()
         m, v = (new.keep() for new in rule.moments(g, m, v, cp))
-        torch._foreach_copy_(piece.m, m.tensors)
-        torch._foreach_copy_(piece.v, v.tensors)
+        piece.write("exp_avg", m.tensors)
+        piece.write("exp_avg_sq", v.tensors)
         u = rule.direction(x, m, v, cp)
-        _add_squares(out[:, 0], piece.rows, x.tensors)
-        _add_squares(out[:, 1], piece.rows, u.tensors)
+        _add_squares(out[:, 0], piece, x.tensors)
+        _add_squares(out[:, 1], piece, u.tensors)
     return out
 
 
 def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
     columns = _Columns(work, *c, step_size)
     for piece in _pieces(work):
-        *cp, step = columns.at(piece.rows)
+        *cp, step = columns.at(piece)
         x, m, v = TensorList(piece.x), TensorList(piece.m), TensorList(piece.v)
         u = rule.direction(x, m, v, rule.Coefficients(*cp))
-        torch._foreach_copy_(piece.x, rule.apply(x, u, step).tensors)
-        for copy, new in zip(piece.copies, piece.x):
-            if copy is not None:
-                copy.copy_(new)
+        new = rule.apply(x, u, step).tensors
+        piece.write("param", new)
+        piece.write("copy", new)

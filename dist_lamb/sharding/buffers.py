@@ -182,6 +182,12 @@ class FlatBuffers:
         A rank without a gradient for a param adds nothing to it. ``free`` drops every ``p.grad``
         as soon as its bucket is reduced.
         """
+        if self._comm.world_size == 1:
+            self.take_gradients()  # their own mean: nothing to stage
+            if free:
+                for p in self._params:
+                    p.grad = None
+            return
         for bucket, whole, s in zip(self.layout.buckets, self._buckets, self._shards):
             staged = self._staged(whole)
             present = [i for i in bucket.params if self._params[i].grad is not None]

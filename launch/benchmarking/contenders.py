@@ -18,24 +18,30 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-6, 0.01
 class EagerLoop(torch.optim.Optimizer):
     """LAMB as one writes it at first: a Python loop over tensors, some ten eager ops for each.
 
-    For scale, and what most published implementations are. Does not clip, keeps no masters.
+    For scale, and what most published implementations are. Keeps no masters.
     """
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], max_grad_norm: float | None) -> None:
         super().__init__(params, {"lr": LR})
+        self._max_grad_norm = max_grad_norm
         self._t = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         self._t += 1
         (beta1, beta2), t = BETAS, self._t
+        clip = None
+        if self._max_grad_norm is not None:
+            norms = [p.grad.norm() for p in self.param_groups[0]["params"]]
+            clip = (self._max_grad_norm / torch.stack(norms).norm()).clamp(max=1.0)
         for p in self.param_groups[0]["params"]:
             state = self.state[p]
             if not state:
                 state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
             m, v = state["m"], state["v"]
-            m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            grad = p.grad if clip is None else p.grad * clip
+            m.mul_(beta1).add_(grad, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             u = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + EPS) + WEIGHT_DECAY * p
             x_norm, u_norm = p.norm(), u.norm()
             ratio = torch.where((x_norm > 0) & (u_norm > 0), x_norm / u_norm, 1.0)
@@ -120,13 +126,7 @@ def _apex(params: list[Tensor], max_grad_norm: float | None) -> Any:
 
 FLOAT32 = (torch.float32,)
 CONTENDERS = (
-    Contender(
-        name="eager loop",
-        make=lambda ps, _: EagerLoop(ps),
-        dtypes=FLOAT32,
-        clips=(None,),
-        nbytes=136,
-    ),
+    Contender(name="eager loop", make=EagerLoop, dtypes=FLOAT32, nbytes=136),
     Contender(name="Lamb reference", make=_ours(Lamb, "reference"), nbytes=136),
     Contender(name="Lamb foreach", make=_ours(Lamb, "foreach"), nbytes=136),
     Contender(name="Lamb compiled", make=_ours(Lamb, "compiled")),

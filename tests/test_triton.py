@@ -1,0 +1,315 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, against the reference."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fused_cases
+import golden
+import models
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from dist_lamb import Lamb, ShardedLamb, kernels
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("triton")
+
+CPU = torch.device("cpu")
+
+
+def _serve(pipe: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        fn, args = pipe.recv()
+        try:
+            pipe.send((True, fn(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function of this module in a process where Triton interprets.
+
+    Triton decides that when it defines a kernel, once a process, whatever ran there before.
+    """
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        process.start()
+
+    def call(fn: Callable[..., Any], *args: Any) -> Any:
+        ours.send((fn, args))
+        if not ours.poll(200):
+            raise TimeoutError(f"{fn.__name__}{args} gave no answer")
+        ok, result = ours.recv()
+        assert ok, result
+        return result
+
+    yield call
+    process.kill()
+    process.join()
+
+
+def _golden_error(name: str, cls: Any) -> float:
+    trajectory = golden.Trajectory.load(name)
+    return trajectory.worst_error(lambda g: cls(g, impl="triton", **trajectory.options))
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_golden(interpreted: Callable[..., Any], name: str, cls: Any) -> None:
+    assert interpreted(_golden_error, name, cls) <= golden.TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models(interpreted: Callable[..., Any], seed: int) -> None:
+    """Dtypes, sizes around a block, unaligned views, options, absent gradients, loss scaling."""
+    interpreted(fused_cases.check, seed, "cpu")
+
+
+# --- the plan of Lamb: what may happen between two steps ------------------------------------------
+
+
+def _set_gradients(params: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def _gradient_absent(optimizer: Any, params: list[Tensor]) -> None:
+    params[1].grad = None
+
+
+def _all_but_one_absent(optimizer: Any, params: list[Tensor]) -> None:
+    for p in params[:2]:
+        p.grad = None
+
+
+def _other_strides_at_the_same_address(optimizer: Any, params: list[Tensor]) -> None:
+    assert params[0].grad is not None
+    params[0].grad = params[0].grad.view(-1).view(params[0].shape[::-1]).t()
+
+
+def _param_moved(optimizer: Any, params: list[Tensor]) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def _state_dropped(optimizer: Any, params: list[Tensor]) -> None:
+    del optimizer.state[params[0]]
+
+
+def _state_emptied(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.state[params[0]].clear()
+
+
+def _moment_replaced(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.state[params[1]]["exp_avg_sq"] = torch.ones_like(params[1])
+
+
+def _state_loaded(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _group_added(optimizer: Any, params: list[Tensor]) -> None:
+    late = nn.Parameter(torch.ones(5))
+    late.grad = torch.full((5,), 0.5)
+    optimizer.add_param_group({"params": [late], "lr": 0.3})
+    params.append(late)
+
+
+def _options_changed(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.param_groups[0].update(lr=0.01, betas=(0.5, 0.9), weight_decay=0.3, decoupled=False)
+
+
+def _lr_becomes_zero(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.param_groups[0]["lr"] = 0.0
+
+
+EVENTS = (
+    _gradient_absent,
+    _all_but_one_absent,
+    _other_strides_at_the_same_address,
+    _param_moved,
+    _state_dropped,
+    _state_emptied,
+    _moment_replaced,
+    _state_loaded,
+    _group_added,
+    _options_changed,
+    _lr_becomes_zero,
+)
+
+
+def _run_with(event: Callable[..., None], impl: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    params: list[Tensor] = [
+        nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 7), (9,), (1030,))
+    ]
+    optimizer = Lamb(params, lr=0.1, weight_decay=0.1, impl=impl)
+    for step in range(5):
+        _set_gradients(params, step)
+        if step == 3:
+            event(optimizer, params)
+        optimizer.step()
+    found = {f"{i}": p.detach() for i, p in enumerate(params)}
+    for i, p in enumerate(params):
+        found |= {f"{i} {name}": value for name, value in optimizer.state[p].items()}
+    return found
+
+
+def _event_errors(event: Callable[..., None]) -> dict[str, float]:
+    return dict(fused_cases.errors(_run_with(event, "triton"), _run_with(event, "reference")))
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_whatever_happens_between_steps(
+    interpreted: Callable[..., Any], event: Callable[..., None]
+) -> None:
+    """A table of addresses made at an earlier step must not be used where it no longer holds."""
+    found = interpreted(_event_errors, event)
+    assert max(found.values()) < 40, found
+
+
+def _dummy_step(cls: Any, options: dict[str, Any]) -> None:
+    params = models.make_params()
+    optimizer = cls(models.groups_of(params), impl="triton", **options)
+    start = {n: p.detach().clone() for n, p in params.items()}
+    lrs = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in params.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in params.items():
+        assert torch.equal(p, start[name]), name
+        state = optimizer.state[p]
+        assert state["step"] == 0
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+    for group, lr in zip(optimizer.param_groups, lrs):
+        group["lr"] = lr
+    for n, g in models.mean_gradients(params, 0).items():
+        params[n].grad = g
+    optimizer.step()
+    counted = {n for n, p in params.items() if optimizer.state[p]["step"] == 1}
+    assert counted == {n for n in params if cls is Lamb or n != "empty"}
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("options", [{}, {"decoupled": False, "max_grad_norm": 1.0}], ids=str)
+def test_a_dummy_step_leaves_no_trace(
+    interpreted: Callable[..., Any], cls: Any, options: dict[str, Any]
+) -> None:
+    interpreted(_dummy_step, cls, options)
+
+
+def _launches(cls: Any, count: int, clip: float | None) -> list[str]:
+    from dist_lamb.kernels.fused_triton import _Launches
+
+    params = [nn.Parameter(torch.ones(3 + i % 2)) for i in range(count)]
+    groups = [{"params": [p], "weight_decay": i / 100} for i, p in enumerate(params)]
+    optimizer = cls(groups, impl="triton", max_grad_norm=clip)
+    names: list[str] = []
+    plain = _Launches.__call__
+
+    def counted(self: Any, name: str, *args: Any) -> None:
+        names.append(name)
+        plain(self, name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Launches, "__call__", counted)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return names
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_launches_do_not_grow_with_the_model(
+    interpreted: Callable[..., Any], cls: Any, clip: float | None
+) -> None:
+    expected = ["grad_sq"] * bool(clip) + ["moments", "ratios", "apply"]
+    for count in (1, 20):
+        assert interpreted(_launches, cls, count, clip) == expected
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def _train(rank: int, world: int, clip: float | None) -> dict[str, Any]:
+    params = models.make_params()
+    optimizer = ShardedLamb(
+        models.groups_of(params), lr=0.02, impl="triton", max_grad_norm=clip, bucket_numel=2**13
+    )
+    for t in range(3):
+        mean = models.mean_gradients(params, t, ("fc.weight",) if t == 1 else ())
+        for name, g in models.rank_gradients(mean, rank, world, t).items():
+            params[name].grad = g
+        optimizer.found_inf = torch.tensor([float(t == 2 and rank == 0)])
+        optimizer.step()
+        optimizer.zero_grad()
+    full = optimizer.full_optimizer_state_dict()["state"]
+    found = {n: p.detach().clone() for n, p in params.items()}
+    return found | {f"{i} {n}": t for i, state in full.items() for n, t in state.items()}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_same_bits_at_every_world_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float | None
+) -> None:
+    """With an absent gradient, and an overflow that one rank alone has seen."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    worlds = (1, 3) if clip else (2,)
+    digests = set()
+    for world in worlds:
+        for found in run_ranks(world, tmp_path, _train, clip):
+            digests.add(models.digest(found))
+            assert found["emb.weight"].isfinite().all()
+            assert max(float(t) for n, t in found.items() if n.endswith(" step")) == 2
+    assert len(digests) == 1
+
+
+# --- choosing it ----------------------------------------------------------------------------------
+
+
+def _interpreting() -> bool:
+    return kernels.fused("triton", [(CPU, torch.float32)]) is not None
+
+
+def test_triton_that_cannot_run_says_why(
+    interpreted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert interpreted(_interpreting)
+    if "TRITON_INTERPRET" not in os.environ:
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        for cls in (Lamb, ShardedLamb):
+            with pytest.raises(RuntimeError, match="runs on CUDA and ROCm devices, and params are"):
+                cls([p], impl="triton").step()
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="needs the triton package, which is not installed"):
+        kernels.fused("triton", [(CPU, torch.float32)])
+
+
+def test_auto_on_a_gpu() -> None:
+    gpu = torch.device("cuda", 0)
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    taken = kernels.fused("auto", [(gpu, half), (gpu, single)])
+    assert taken is not None
+    assert taken.__name__.endswith("fused_triton")
+    assert kernels.fused("auto", [(gpu, single), (gpu, double)]) is None
+    assert kernels.fused("auto", [(gpu, single), (torch.device("cuda", 1), single)]) is None
+    assert kernels.fused("auto", [(CPU, single)]) is None
+    assert kernels.fused("foreach", [(gpu, single)]) is None
