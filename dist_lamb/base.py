@@ -7,7 +7,9 @@ own flat buffers) and in what a norm is (:mod:`dist_lamb.norms`); the step itsel
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from itertools import chain
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -42,8 +44,39 @@ class Options(TypedDict, total=False):
     fused: bool | None
 
 
+#: Hooks of every optimizer: torch.optim.optimizer.register_optimizer_step_{pre,post}_hook.
+_GLOBAL_HOOKS = [
+    getattr(import_module("torch.optim.optimizer"), f"_global_optimizer_{when}_hooks", {None: None})
+    for when in ("pre", "post")
+]
+
+
+def _plain_unless_watched(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` in torch's wrapper only when that does something: call hooks, tell the profiler.
+
+    The wrapper takes 30 us, a tenth of ResNet-50's whole step on a GPU.
+    """
+    watched = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def wrapper(self: LambBase, *args: Any, **kwargs: Any) -> Any:
+        own_hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        if profiled or own_hooks or any(_GLOBAL_HOOKS):
+            return watched(self, *args, **kwargs)
+        return step(self, *args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # torch wraps what is not
+    return wrapper
+
+
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, per-param step counters, and one step."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "step" in cls.__dict__:
+            cls.step = _plain_unless_watched(cls.__dict__["step"])  # type: ignore[method-assign]
 
     def __init__(
         self,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dist_lamb import Lamb, ShardedLamb
 
-#: Around a block (1024) and a chunk (4096) of the kernels, and what no vector access fits.
-NUMELS = (0, 1, 2, 7, 64, 1023, 1024, 1025, 4096, 5000)
+#: Around a block (512), a tile (1024) and a chunk (2048), and what no vector access fits.
+NUMELS = (0, 1, 2, 7, 64, 511, 513, 1023, 1024, 1025, 2048, 5000)
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "lr": (0.0, 0.01, 0.05),

@@ -247,11 +247,7 @@ def test_launches_do_not_grow_with_the_model(clip: float | None) -> None:
         assert names == (["_grad_sq", *expected] if clip else expected)
 
 
-def test_the_host_is_quick() -> None:
-    """1,000 small tensors: less than a microsecond each (0.5 ms is what an idle H200 box takes)."""
-    params = model((64,) * 1000)
-    optimizer = Lamb(params)
-    set_gradients(params, 0)
+def host_seconds(optimizer: Any) -> float:
     times = []
     for _ in range(30):
         torch.cuda.synchronize()
@@ -259,7 +255,15 @@ def test_the_host_is_quick() -> None:
         optimizer.step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    assert sorted(times)[len(times) // 2] < 1e-3
+    return sorted(times)[len(times) // 2]
+
+
+def test_the_host_is_quick() -> None:
+    """1,000 small tensors in less than half the time of torch's own fused optimizer."""
+    params = model((64,) * 1000)
+    set_gradients(params, 0)
+    fused = torch.optim.AdamW(params, fused=True)
+    assert host_seconds(Lamb(params)) < host_seconds(fused) / 2
 
 
 def test_more_than_2_31_elements() -> None:

@@ -130,7 +130,11 @@ CONTENDERS = (
     Contender(name="Lamb reference", make=_ours(Lamb, "reference"), nbytes=136),
     Contender(name="Lamb foreach", make=_ours(Lamb, "foreach"), nbytes=136),
     Contender(name="Lamb compiled", make=_ours(Lamb, "compiled")),
+    Contender(name="Lamb triton", make=_ours(Lamb, "triton"), only_cuda=True),
     Contender(name="ShardedLamb compiled", make=_ours(ShardedLamb, "compiled"), nbytes=48),
+    Contender(
+        name="ShardedLamb triton", make=_ours(ShardedLamb, "triton"), only_cuda=True, nbytes=48
+    ),
     Contender(
         name="timm Lamb", make=_timm, needs="timm", dtypes=FLOAT32, clips=(None, 1.0), nbytes=136
     ),
