@@ -87,7 +87,8 @@ def hyperparameters(group: Mapping[str, Any]) -> Sequence[float]:
         beta1,
         beta2,
         1.0 - beta1 if group["grad_averaging"] else 1.0,
-        group["eps"],
+        # 0 / 0 must be 0: padding of a tile has no moments, and its NaN would spread by the norm.
+        group["eps"] or 1e-30,
         wd if group["decoupled"] else 0.0,
         0.0 if group["decoupled"] else wd,
         -1.0 if group["maximize"] else 1.0,
