@@ -188,6 +188,14 @@ class LambBase(Optimizer):
 
     # --- the step --------------------------------------------------------------------------------
 
+    @staticmethod
+    def _reevaluated(closure: Closure | None) -> Any:
+        """The loss of ``closure``, with gradients on: step() itself runs without them."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
     def _update(
         self,
         works: Sequence[Work],

@@ -82,10 +82,7 @@ class Lamb(LambBase):
 
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._reevaluated(closure)
         if self._plan is not None and self._plan.fits(self.param_groups, self.state):
             # every check was made when the plan was
             self._update_fused(self._plan.table, LocalNorms(), active=None)

@@ -184,10 +184,7 @@ class ShardedLamb(LambBase):
 
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._reevaluated(closure)
         self._validate()
         buffers = self._build()
         buffers.adopt_params()
