@@ -21,6 +21,7 @@ from . import kernels, options, rule
 from .kernels import Work
 from .kernels.tables import GroupTable, Segment, Table, capturing
 from .norms import Norms
+from .sharding.dtensors import local_of, piece_of, refusal, wrapped
 from .state import TENSOR_STATES, state_like
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -119,6 +120,9 @@ class LambBase(Optimizer):
         self._forget_caches()
 
     def _check_param(self, name: str, p: Tensor) -> None:
+        reason = refusal(p)
+        if reason is not None:
+            raise RuntimeError(f"{type(self).__name__} cannot optimize {name}: {reason}")
         # one byte: float8, which has no arithmetic
         if not p.is_floating_point() or p.element_size() < 2:
             raise TypeError(
@@ -202,21 +206,23 @@ class LambBase(Optimizer):
         active: Mapping[torch.device, Tensor],
         norms: Norms,
         masked: bool,
+        grad_sq: Callable[[], Tensor] | None = None,
     ) -> None:
         """Phases 2-6 of a step (DESIGN: clip, moments, norms, trust ratio, apply) on local tensors.
 
         ``active`` are bool [params], per device; ``masked`` says that rows of inactive params are
-        among the works too, with zero gradients. Nothing here waits for a device.
+        among the works too, with zero gradients. ``grad_sq()`` is the sum of squares of all local
+        gradients, where somebody has it already. Nothing here waits for a device.
         """
         table = self._table_of(works)
         if table is not None:
-            self._update_fused(table, norms, active[table.device])
+            self._update_fused(table, norms, active[table.device], grad_sq)
             return
         backends = [kernels.select(self.impl, w.device, w.numel) for w in works]
         on = {d: [(w, k) for w, k in zip(works, backends) if w.device == d] for d in active}
 
         # 2. clip coefficient and overflow flag, of all params on all ranks
-        scale, overflow = self._gradient_scale(list(zip(works, backends)), norms)
+        scale, overflow = self._gradient_scale(list(zip(works, backends)), norms, grad_sq)
 
         coefficients, sums = {}, {}
         for device, steps in ((d, self._steps(d)) for d in active):
@@ -263,7 +269,13 @@ class LambBase(Optimizer):
             for work, backend in on[device]:
                 backend.apply(work, c.to(work.dtype), step_size.to(work.dtype))
 
-    def _update_fused(self, table: Table, norms: Norms, active: Tensor | None) -> None:
+    def _update_fused(
+        self,
+        table: Table,
+        norms: Norms,
+        active: Tensor | None,
+        grad_sq: Callable[[], Tensor] | None = None,
+    ) -> None:
         """The same in one backend's own launches; ``active`` None: as the table's gradients say."""
         from .kernels import fused_triton
 
@@ -275,16 +287,20 @@ class LambBase(Optimizer):
             )
         if device not in self._fused_groups:
             self._fused_groups[device] = GroupTable(device, self._captured)
+        clip = any(map(options.clips, self.param_groups))
+        found_inf = getattr(self, "found_inf", None)
+        wanted = clip or found_inf is not None
         self._ratios[device] = fused_triton.update(
             table,
             self._fused_groups[device].of(self.param_groups),
             self._steps(device),
             norms,
-            clip=any(map(options.clips, self.param_groups)),
+            clip=clip,
+            grad_sq=grad_sq() if grad_sq is not None and wanted else None,
             lr_zero=self._lr_known_zero(),
             active=active,
             loss_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            found_inf=found_inf,
         )
 
     def _table_of(self, works: Sequence[Work]) -> Table | None:
@@ -303,7 +319,10 @@ class LambBase(Optimizer):
         return Table(segments, group_of, device, self._captured)
 
     def _gradient_scale(
-        self, works: Sequence[tuple[Work, kernels.Kernels]], norms: Norms
+        self,
+        works: Sequence[tuple[Work, kernels.Kernels]],
+        norms: Norms,
+        grad_sq: Callable[[], Tensor] | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """([1 / loss scale, squared norm of all unscaled gradients], overflow); None if unused.
 
@@ -315,19 +334,34 @@ class LambBase(Optimizer):
         if not clip and loss_scale is None and found_inf is None:
             return None, None
         home = works[0][0].device if works else next(iter(self._counters))
-        total = torch.zeros(2, dtype=torch.float64, device=home)
-        if clip:
+        kinds = norms.kinds(home)
+        # [squares of each kind of params, flag]
+        total = torch.zeros(
+            2 if kinds is None else len(kinds) + 1, dtype=torch.float64, device=home
+        )
+        if grad_sq is not None:
+            total[0] = grad_sq()
+        elif clip:
             for work, backend in works:
-                total[0] += backend.grad_sq(work).sum().to(home)
+                partials, masks = backend.grad_sq(work), norms.kinds(work.device)
+                if masks is None:
+                    total[0] += partials.sum().to(home)
+                else:
+                    each = work.rows.sum(partials)
+                    sums = [torch.where(mask, each, 0.0).sum() for mask in masks]
+                    total[:-1] += torch.stack(sums).to(home)
         if found_inf is not None:
-            total[1] = torch.as_tensor(found_inf, device=home).sum()
+            total[-1] = torch.as_tensor(found_inf, device=home).sum()
         if clip or found_inf is not None:
             total = norms.over_all(total)
         inverse = torch.ones_like(total[0])
         if loss_scale is not None:
             inverse = loss_scale.to(home, torch.float64).reciprocal().view(())
         scale = torch.stack([inverse, total[0] * inverse * inverse])
-        return scale, None if found_inf is None else total[1] > 0
+        if found_inf is None:
+            return scale, None
+        # Finite half-precision gradients of two ranks may have a sum that is not.
+        return scale, (total[1] > 0) | ~total[0].isfinite()
 
     def _counts(
         self, h: rule.Hyperparameters, taking_part: Tensor, works: Sequence[Work]
@@ -444,4 +478,5 @@ class LambBase(Optimizer):
         """Take over the large state tensors by param; called when groups and steps are in place."""
         for p, tensors in loaded.items():
             for name, value in tensors.items():
-                self.state[p][name] = state_like(p, value)
+                local = state_like(local_of(p), piece_of(value, p))
+                self.state[p][name] = wrapped(local, p)

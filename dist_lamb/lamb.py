@@ -1,4 +1,4 @@
-"""Lamb: the drop-in torch.optim.Optimizer, for tensors that are whole on their device."""
+"""Lamb: the drop-in torch.optim.Optimizer, for tensors whole on their device and for DTensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from . import kernels
 from .base import Closure, LambBase, Options, ParamsT
 from .kernels import Block, RowMap, Work
 from .kernels.tables import Segment, Table, capturing, supports
-from .norms import LocalNorms
+from .norms import DTensorNorms, Norms
 from .sharding.comm import is_dtensor
+from .sharding.dtensors import (
+    local_of,
+    local_of_param,
+    local_sharded_as,
+    mismatch,
+    placed_as,
+    refusal,
+    sharding_of,
+    wrapped,
+)
 from .state import TENSOR_STATES, as_laid_out, complete_state, flat_row, is_dense, state_dtype
 
 
@@ -54,9 +64,20 @@ class Lamb(LambBase):
     ``state[p]`` holds ``step`` (0-d float32), ``exp_avg``, ``exp_avg_sq`` (shaped like p), and
     ``master``. A param whose gradient is None is left alone; gradients are never written.
 
+    DTensors (fully_shard, parallelize_module, distribute_tensor; any mesh, uneven shards, beside
+    plain tensors that all ranks have alike) are updated as the whole tensors would be: a step
+    works on local shards, and adds norms up by one collective for each mesh axis that cuts
+    params, whatever their number; with clipping by another one of a few numbers. All ranks of a
+    mesh must call ``step()``, with gradients for the same params. State is sharded as the params
+    are, so torch.distributed.checkpoint saves, loads and reshards it; whole tensors load too.
+    ``max_grad_norm`` knows the params of this optimizer only: with pipeline stages, each with its
+    own, clip across stages before ``step()``.
+
     Raises:
         ValueError: an option out of its range. TypeError: a param that is not real floating point.
-        RuntimeError, from ``step()``: sparse gradients; params on the meta device; DTensors.
+        RuntimeError: params that are not whole logical tensors and do not say of what they are
+        part (FSDP1's, ShardedTensor, DTensors with Partial placements); from ``step()`` also
+        sparse gradients, and params on the meta device.
     """
 
     def __init__(
@@ -75,6 +96,7 @@ class Lamb(LambBase):
         self._maps: dict[_Kind, tuple[list[int], RowMap]] = {}
         self._active: dict[torch.device, tuple[list[int], Tensor]] = {}
         self._plan: _Plan | None = None
+        self._normed: tuple[list[Tensor], Norms] | None = None
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -85,7 +107,7 @@ class Lamb(LambBase):
         loss = self._reevaluated(closure)
         if self._plan is not None and self._plan.fits(self.param_groups, self.state):
             # every check was made when the plan was
-            self._update_fused(self._plan.table, LocalNorms(), active=None)
+            self._update_fused(self._plan.table, self._plan.norms, active=None)
             return loss
         params = self._all_params()
         stepped = [(i, p) for i, p in enumerate(params) if p.grad is not None]
@@ -95,9 +117,10 @@ class Lamb(LambBase):
                 gaps = self._step_planned(params, stepped)
             else:
                 works, gaps = self._works(stepped)
-                self._update(works, self._active_masks(stepped), LocalNorms(), masked=False)
-            for p, dense in gaps:
-                p.copy_(dense)
+                norms = self._norms_of(params)
+                self._update(works, self._active_masks(stepped), norms, masked=False)
+            for x, dense in gaps:
+                x.copy_(dense)
         return loss
 
     def _step_planned(
@@ -105,7 +128,7 @@ class Lamb(LambBase):
     ) -> list[tuple[Tensor, Tensor]]:
         """The fused step, and where nothing is out of the ordinary a plan for the next ones.
 
-        Returns (param, dense copy) where a param has gaps.
+        Returns (local memory, dense copy) where a param has gaps.
         """
         device = stepped[0][1].device
         chosen = {i for i, _ in stepped}
@@ -115,23 +138,24 @@ class Lamb(LambBase):
             for i, p in enumerate(params)
             if p.device == device
             and supports(p.dtype)
-            and is_dense(p)
+            and is_dense(local_of(p))
             and "exp_avg" in self.state.get(p, ())
         }
         segments = [self._segment(i, params[i]) for i in sorted(chosen)]
         gaps = self._gaps(params, segments)
         moved = any(
-            s.grad is not None and s.grad.data_ptr() != params[s.param].grad.data_ptr()  # type: ignore[union-attr]
+            s.grad is not None and s.grad.data_ptr() != local_of(params[s.param].grad).data_ptr()  # type: ignore[arg-type]
             for s in segments
         )
         table = self._table(segments, device)
-        self._plan = None if gaps or moved else _Plan(table, params, segments, self.state)
-        self._update_fused(table, LocalNorms(), active=None)
+        norms = self._norms_of(params)
+        self._plan = None if gaps or moved else _Plan(table, norms, params, segments, self.state)
+        self._update_fused(table, norms, active=None)
         return gaps
 
     def _segment(self, i: int, p: Tensor) -> Segment:
         """What the step of a param touches, its state completed and laid out as the param is."""
-        x = p.detach()
+        x = local_of(p).detach()
         if not is_dense(x):
             x = x.contiguous()
         state = self.state[p]
@@ -142,17 +166,22 @@ class Lamb(LambBase):
             )
         if "step" not in state:
             state["step"] = self._steps(p.device)[i].zero_()
-        complete_state(p, x, state)
-        m, v, master = state["exp_avg"], state["exp_avg_sq"], state.get("master")
-        grad = None if p.grad is None else as_laid_out(p.grad, x)
+        found = {name: local_of(state[name]) for name in TENSOR_STATES if name in state}
+        local = dict(found)
+        complete_state(x, x, local)
+        for name, t in local.items():
+            if t is not found.get(name):
+                state[name] = wrapped(t, p)
+        m, v, master = local["exp_avg"], local["exp_avg_sq"], local.get("master")
+        grad = None if p.grad is None else as_laid_out(local_of(placed_as(p.grad, p)), x)
         return (
             Segment(i, grad, x, m, v, None) if master is None else Segment(i, grad, master, m, v, x)
         )
 
     @staticmethod
     def _gaps(params: list[Tensor], segments: list[Segment]) -> list[tuple[Tensor, Tensor]]:
-        """(param, dense copy) where a param has gaps."""
-        dense = [(params[s.param], s.x if s.copy is None else s.copy) for s in segments]
+        """(local memory, dense copy) where a param has gaps."""
+        dense = [(local_of(params[s.param]), s.x if s.copy is None else s.copy) for s in segments]
         return [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
@@ -163,16 +192,24 @@ class Lamb(LambBase):
                 what = "sparse gradients are not supported"
             elif p.device.type == "meta":
                 what = "it is on the meta device and holds no values"
-            elif is_dtensor(p):
-                what = "it is a DTensor; its trust ratio would be that of the local shard"
             else:
-                continue
+                # again: FSDP1 may have wrapped the model since, or a framework swapped the params
+                found = refusal(p) or mismatch(p.grad, p)
+                if found is None:
+                    continue
+                what = found
             raise RuntimeError(f"Lamb cannot step {self._all_names()[i]}: {what}")
+
+    def _norms_of(self, params: list[Tensor]) -> Norms:
+        known = self._normed
+        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
+            known = self._normed = (params, DTensorNorms(params))
+        return known[1]
 
     def _works(
         self, stepped: list[tuple[int, Tensor]]
     ) -> tuple[list[Work], list[tuple[Tensor, Tensor]]]:
-        """One Work per device and dtype of state; (param, dense copy) where a param has gaps."""
+        """One Work per device and dtype of state; (memory, dense copy) where a param has gaps."""
         kinds: dict[_Kind, list[tuple[int, Block]]] = {}
         segments = [self._segment(i, p) for i, p in stepped]
         for (i, p), segment in zip(stepped, segments):
@@ -225,23 +262,30 @@ class _Plan:
     def __init__(
         self,
         table: Table,
+        norms: Norms,
         params: list[Tensor],
         segments: Sequence[Segment],
         state: Mapping[Tensor, dict[str, Tensor]],
     ) -> None:
-        self.table = table
+        self.table, self.norms = table, norms
         self._params = params
         chosen = {s.param for s in segments}
         self._own = [params[s.param] for s in segments]
         self._others = [p for i, p in enumerate(params) if i not in chosen]
-        self._addresses = list(map(_DATA_PTR, self._own))
+        #: (position, sharding of its gradient) of the DTensors among them
+        self._sharded = [
+            (k, sharding_of(p if p.grad is None else p.grad))
+            for k, p in enumerate(self._own)
+            if is_dtensor(p)
+        ]
+        self._addresses = list(map(_DATA_PTR, self._memory()))
         self._entries = list(state.values())
         entries = [state[p] for p in self._own]
         self._held = []
         for name in TENSOR_STATES:
             having = [entry for entry in entries if name in entry]
             self._held.append((itemgetter(name), having, [entry[name] for entry in having]))
-        like = [p if s.grad is None else s.grad for s, p in zip(segments, self._own)]
+        like = [p if s.grad is None else s.grad for s, p in zip(segments, self._memory())]
         self._kinds = [(g.dtype, g.stride()) for g in like]
         self._guard = _guard(like)
 
@@ -252,13 +296,20 @@ class _Plan:
             sum(map(len, params)) == len(self._params)
             and all(map(is_, chain.from_iterable(params), self._params))
             # params whose memory was replaced: model.to(), a loader
-            and list(map(_DATA_PTR, self._own)) == self._addresses
+            and list(map(_DATA_PTR, self._memory())) == self._addresses
             # state that was dropped or replaced
             and len(state) == len(self._entries)
             and all(map(is_, state.values(), self._entries))
             and self._holds()
             and self._takes_gradients()
         )
+
+    def _memory(self) -> list[Tensor]:
+        """The params' local memory."""
+        memory = list(self._own)
+        for k, _ in self._sharded:
+            memory[k] = local_of_param(memory[k])
+        return memory
 
     def _holds(self) -> bool:
         try:
@@ -269,10 +320,15 @@ class _Plan:
     def _takes_gradients(self) -> bool:
         if any(p.grad is not None for p in self._others):
             return False
-        grads: list[Tensor | None] = list(map(_GRAD, self._own))
+        grads: list[Any] = list(map(_GRAD, self._own))
+        for k, sharding in self._sharded:
+            if grads[k] is not None:
+                grads[k] = local_sharded_as(grads[k], sharding)
+                if grads[k] is None:
+                    return False
         present = None
         try:
-            addresses = list(map(_DATA_PTR, grads))  # type: ignore[arg-type]
+            addresses = list(map(_DATA_PTR, grads))
         except TypeError:
             present = [g is not None for g in grads]
             if not any(present):

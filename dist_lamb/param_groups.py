@@ -12,13 +12,19 @@ from torch import Tensor, nn
 Selector: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool]
 
 
+class ParamGroups(list[dict[str, Any]]):
+    """Groups that remember the module they are of: ShardedLamb overlaps its forward."""
+
+    module: nn.Module | None = None
+
+
 def param_groups(
     model: nn.Module | Iterable[tuple[str, Tensor]],
     weight_decay: float = 0.01,
     *,
     no_decay: Selector | None = None,
     no_adapt: Selector = (),
-) -> list[dict[str, Any]]:
+) -> ParamGroups:
     """Named groups for ``Lamb(param_groups(model), ...)``; empty ones are left out.
 
     Args:
@@ -40,7 +46,8 @@ def param_groups(
     if no_decay is None:
         plain = {name for name, p in params if len(_logical_shape(p)) < 2}
     fixed = _selected("no_adapt", no_adapt, params)
-    groups: list[dict[str, Any]] = []
+    groups = ParamGroups()
+    groups.module = model if isinstance(model, nn.Module) else None
     for decays in (True, False):
         for adapts in (True, False):
             chosen = [

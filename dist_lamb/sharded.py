@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from . import options
 from .base import Closure, LambBase, Options, ParamsT
 from .norms import FlatNorms
-from .sharding.buffers import FlatBuffers, spec_of
+from .sharding.buffers import FlatBuffers, Piece, spec_of
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
+from .sharding.forward_order import ForwardOrder, Hook
 from .sharding.layout import Layout
+from .sharding.overlap import GradientReducer, ParamGatherer, Side
 from .state import TENSOR_STATES
 
 #: Elements per bucket, unless one param alone is larger.
-BUCKET_NUMEL = 2**24
+BUCKET_NUMEL = 2**25
 
 
 class ShardedLamb(LambBase):
@@ -30,29 +35,48 @@ class ShardedLamb(LambBase):
         opt.step()
         opt.zero_grad()
 
-    ``step()`` averages the gradients over ranks, updates this rank's shard and gathers the params:
-    per bucket one reduce-scatter and one all-gather, and one all-reduce for all norms together
-    (with ``max_grad_norm`` one more, of a scalar). The result does not depend on the number of
-    ranks: the same bits come out for the same averaged gradients.
+    Gradients are averaged over ranks inside backward, each bucket as soon as it is complete;
+    ``step()`` updates this rank's shard and gathers the params: per bucket one reduce-scatter and
+    one all-gather, and one all-reduce for all norms together (with ``max_grad_norm`` one more, of
+    a scalar). The result does not depend on the number of ranks: the same bits come out for the
+    same averaged gradients.
 
     Args:
-        params: a module, or what :class:`dist_lamb.Lamb` takes. Every rank must give the same
-            params in the same order; their values are broadcast from the group's rank 0, and
-            with a module its buffers are too.
+        params: a module, :func:`dist_lamb.param_groups` of one, or what :class:`dist_lamb.Lamb`
+            takes. Every rank must give the same params in the same order; their values are
+            broadcast from rank 0, and with a module its buffers are too.
         lr, betas, eps, weight_decay, and keyword options: as for :class:`dist_lamb.Lamb`.
-        stage: 1 keeps ``p.grad`` after ``step()``; 2 frees each as soon as it is reduced.
-        process_group: the ranks to shard over; default all. Or ``mesh``, a 1-D DeviceMesh.
+        stage: 1 keeps ``p.grad``; 2 frees each as soon as its bucket is reduced, so that
+            ``p.grad`` is None after backward and two bucket buffers hold all that is on its way.
+        process_group: the ranks to shard over; default all. Or ``mesh``, a DeviceMesh of one axis
+            (shard) or two (replicate, shard): then gradients are reduce-scattered over the shard
+            axis and all-reduced over the replicate axis, and all else stays on the shard axis.
         reduce_gradients: False if ``p.grad`` arrives averaged (under DistributedDataParallel, or
             a trainer that uses it).
+        reduce_dtype: what gradients are sent, summed and kept in; default the params' dtype.
+        accumulate: what backward does inside :meth:`no_sync`. ``"local"`` adds up ``p.grad`` and
+            sends nothing; ``"sharded"`` (stage 2) reduces every micro-batch into float32 shards:
+            more communication, no full gradients.
+        overlap: reduce gradients inside backward; False: in ``step()``.
+        overlap_gather: let the params travel into the next forward: each module waits for its own,
+            and evaluation, ``state_dict()`` and ``load_state_dict()`` of the module for all. Any
+            other read of params after ``step()`` needs :meth:`synchronize` first, which is why
+            this is off by default. Needs a module; torch.compile of it breaks off at every wait.
         bucket_numel: elements communicated at a time.
 
     Params move into flat buffers at the first step, ``p.data`` becoming views; frozen params stay
     where they are. A param without a gradient on any rank is left alone; without one on some
-    ranks it counts as zero there. ``state[p]`` holds this rank's pieces, with the same keys on
+    ranks it counts as zero there; but between two steps every rank must run backward as often as
+    the others. ``state[p]`` holds this rank's pieces, with the same keys on
     every rank; see :meth:`full_optimizer_state_dict` for whole tensors.
 
-    With loss scaling use torch's ShardedGradScaler: ``step()`` agrees on an overflow over all
-    ranks, but a plain GradScaler would then change its scale on one rank only.
+    Between backward and ``step()``, gradients are clipped by ``max_grad_norm`` alone: at stage 2
+    there is no ``p.grad`` to change then, at stage 1 a changed one is reduced once more. To skip
+    a step call ``zero_grad()`` of this optimizer, not of the module.
+
+    With loss scaling use torch's ShardedGradScaler, and ``stage=1`` or ``overlap=False``: it looks
+    for overflows in ``p.grad``. ``step()`` agrees on an overflow over all ranks, but a plain
+    GradScaler would then change its scale on one rank only.
 
     Raises:
         ValueError: ranks that differ in names, shapes, dtypes or options, naming the first
@@ -72,6 +96,10 @@ class ShardedLamb(LambBase):
         process_group: ProcessGroup | None = None,
         mesh: DeviceMesh | None = None,
         reduce_gradients: bool = True,
+        reduce_dtype: torch.dtype | None = None,
+        accumulate: str = "local",
+        overlap: bool = True,
+        overlap_gather: bool = False,
         bucket_numel: int = BUCKET_NUMEL,
         **more: Unpack[Options],
     ) -> None:
@@ -79,18 +107,46 @@ class ShardedLamb(LambBase):
             raise ValueError(f"Invalid stage: {stage!r}; 1 (shard state) or 2 (and gradients)")
         if not isinstance(bucket_numel, int) or bucket_numel < 1:
             raise ValueError(f"Invalid bucket_numel: {bucket_numel!r}")
+        if reduce_dtype is not None and not reduce_dtype.is_floating_point:
+            raise ValueError(f"Invalid reduce_dtype: {reduce_dtype}")
+        if accumulate not in ("local", "sharded"):
+            raise ValueError(f"Invalid accumulate: {accumulate!r}; 'local' or 'sharded'")
+        if accumulate == "sharded" and not (stage == 2 and reduce_gradients and overlap):
+            raise ValueError("accumulate='sharded' needs stage=2, reduce_gradients and overlap")
+        module = params if isinstance(params, nn.Module) else getattr(params, "module", None)
+        if overlap_gather and module is None:
+            raise ValueError(
+                "overlap_gather=True needs the module, whose forward it overlaps: give the module "
+                "or param_groups(module) as params"
+            )
         self.stage = stage
         self.reduce_gradients = reduce_gradients
+        self.accumulate = accumulate
+        self.overlap = overlap
+        self.overlap_gather = overlap_gather
+        self._reduce_dtype = reduce_dtype
         self._bucket_numel = bucket_numel
         self._comm = Comm.of(process_group, mesh)
         self._buffers: FlatBuffers | None = None
+        self._reducer: GradientReducer | None = None
+        self._gatherer: ParamGatherer | None = None
+        self._order: ForwardOrder | None = None
         self._consolidated: dict[str, Any] | None = None
         self._ready = False
-        module = params if isinstance(params, nn.Module) else None
-        named: ParamsT = module.named_parameters() if module is not None else params  # type: ignore[assignment]
+        named: ParamsT = params.named_parameters() if isinstance(params, nn.Module) else params
         super().__init__(named, lr, betas, eps, weight_decay, **more)
         self._agree()
         self._broadcast(self._all_params() + (list(module.buffers()) if module else []))
+        if overlap_gather and module is not None:
+            self._order = ForwardOrder(module, self._wait_for_module, self.synchronize)
+        self._handles: list[Any] = []
+        #: in the order of first arrival, for as long as there are no buffers
+        self._used: dict[int, None] = {}
+        for i, p in enumerate(self._all_params()):
+            if p.requires_grad and p.is_leaf:
+                hooked: Any = p
+                handle = hooked.register_post_accumulate_grad_hook(Hook(self._note_use, i))
+                self._handles.append(handle)
         self._ready = True
 
     # --- construction ----------------------------------------------------------------------------
@@ -111,6 +167,8 @@ class ShardedLamb(LambBase):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; once built, a collective that moves all state to a new layout."""
+        if self._ready:
+            self.synchronize()
         state = self._whole_state(keep=True) if self._buffers else None
         super().add_param_group(param_group)
         if not self._ready:
@@ -119,7 +177,7 @@ class ShardedLamb(LambBase):
         self._broadcast(self.param_groups[-1]["params"])
         if self._buffers and state is not None:
             self._buffers.release_params()
-            self._buffers = None
+            self._buffers = self._reducer = self._gatherer = None
             self._load_tensors(dict(zip(self._all_params(), state.values())))
 
     def _agree(self) -> None:
@@ -135,8 +193,12 @@ class ShardedLamb(LambBase):
             kept = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
             kept["lr"] = float(group["lr"])
             described.append(f"group {i} of {len(group['params'])} params with {kept}")
-        mine = (self.stage, self.reduce_gradients, self._bucket_numel, self.impl)
-        described.append(f"(stage, reduce_gradients, bucket_numel, impl) = {mine}")
+        own = ("stage", "reduce_gradients", "accumulate", "overlap", "overlap_gather", "impl")
+        described += [f"{name} = {getattr(self, name)!r}" for name in own]
+        described += [
+            f"reduce_dtype = {self._reduce_dtype}",
+            f"bucket_numel = {self._bucket_numel}",
+        ]
         params = self._all_params()
         if params:
             self._comm.require_same("params or options", described, params[0].device)
@@ -149,19 +211,45 @@ class ShardedLamb(LambBase):
                 if whole.data_ptr() != t.data_ptr():
                     t.copy_(whole)
 
-    def _build(self) -> FlatBuffers:
+    def _build(self) -> tuple[FlatBuffers, ParamGatherer]:
         """The buffers, at first use: frameworks move params after making the optimizer."""
-        if self._buffers is None:
+        if self._buffers is None or self._gatherer is None:
             every, names = self._all_params(), self._all_names()
             indices = [i for i, p in enumerate(every) if p.requires_grad]
             if not indices:
                 raise RuntimeError("ShardedLamb has no trainable params")
-            specs = [spec_of(names[i], every[i]) for i in indices]
-            layout = Layout.plan(specs, self._comm.world_size, self._bucket_numel)
+            # In the order of use, as far as a backward has shown it; the same on every rank.
+            used = dict.fromkeys(
+                i for i in self._comm.from_first(list(self._used)) if every[i].requires_grad
+            )
+            indices = [i for i in indices if i not in used] + list(reversed(used))
             params = [every[i] for i in indices]
-            self._buffers = FlatBuffers(layout, params, indices, len(every), self._comm)
+            layout = Layout.plan(
+                [spec_of(names[i], every[i]) for i in indices],
+                self._comm.world_size,
+                self._bucket_numel,
+            )
+            self._buffers = FlatBuffers(
+                layout,
+                params,
+                indices,
+                len(every),
+                self._comm,
+                self._reduce_dtype,
+                summed=self.accumulate == "sharded",
+            )
+            side = Side(self._buffers.device)
+            self._gatherer = ParamGatherer(self._buffers, self._comm, side, self._order)
+            if self.reduce_gradients and self._comm.num_ranks > 1:
+                keep = self.stage == 1
+                self._reducer = GradientReducer(self._buffers, self._comm, side, keep)
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+            if self._reducer is not None and self.overlap:
+                self._reducer.watch()
             self._attach_state()
-        return self._buffers
+        return self._buffers, self._gatherer
 
     def _attach_state(self) -> None:
         """``state[p]`` shows the step and this rank's pieces, the same keys on every rank."""
@@ -173,10 +261,40 @@ class ShardedLamb(LambBase):
 
     # --- training --------------------------------------------------------------------------------
 
+    def _note_use(self, p: Tensor, i: int) -> None:
+        """Before there are buffers: the order of first arrival tells the order of use."""
+        self._used.setdefault(i)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Around the backward of every micro-batch but the last: gradients accumulate locally."""
-        yield
+        """Around forward and backward of every micro-batch but the last: gradients accumulate.
+
+        Where, says ``accumulate``: in ``p.grad`` of this rank, or in the shards.
+        """
+        reducer = self._reducer
+        if reducer is None or reducer.paused or self.accumulate == "sharded":
+            yield
+            return
+        reducer.paused = True
+        try:
+            yield
+        finally:
+            reducer.resume()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; gradients that have been reduced already are dropped too."""
+        super().zero_grad(set_to_none)
+        if self._reducer is not None:
+            self._reducer.discard()
+
+    def synchronize(self) -> None:
+        """Wait for the params of the last step; on GPUs the current stream does, not the host."""
+        if self._gatherer is not None:
+            self._gatherer.synchronize()
+
+    def _wait_for_module(self, index: int) -> None:
+        if self._gatherer is not None:
+            self._gatherer.wait(index)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -186,35 +304,65 @@ class ShardedLamb(LambBase):
         """
         loss = self._reevaluated(closure)
         self._validate()
-        buffers = self._build()
+        buffers, gatherer = self._build()
+        self.synchronize()
         buffers.adopt_params()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
-        if self.reduce_gradients:
-            buffers.reduce_gradients(free=self.stage == 2)
-        else:
-            buffers.take_gradients()
-        # 2-6. the update of the shard; norms over all ranks
-        active = {self._all_params()[0].device: buffers.present()}
-        self._update(buffers.works, active, FlatNorms(self._comm), masked=True)
+        active, grad_sq = self._shard_gradients(buffers)
+        # 2-6. the update of the shard; norms over the ranks that share it out
+        norms = FlatNorms(self._comm)
+        self._update(buffers.works, {buffers.device: active}, norms, masked=True, grad_sq=grad_sq)
+        if self._reducer is not None:
+            self._reducer.forget()
         # 7. params -> every rank
-        buffers.gather_params()
+        gatherer.start()
         return loss
+
+    def _shard_gradients(self, buffers: FlatBuffers) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """Which params have a gradient, bool [params], and what knows the sum of their squares."""
+        reducer = self._reducer
+        if reducer is None:
+            active = buffers.active(buffers.take_gradients(), everywhere=True)
+            grad_sq = None
+        else:
+            reducer.squares_wanted = any(map(options.clips, self.param_groups))
+            reducer.finish()
+            active = buffers.active(reducer.present, everywhere=False)
+            grad_sq = reducer.grad_sq
+        if self.stage == 2:
+            for p in buffers.params:
+                p.grad = None
+        return active, grad_sq
 
     def _validate(self) -> None:
         """Refuse the step before the first collective: after it, other ranks would wait forever."""
-        for name, p in zip(self._all_names(), self._all_params()):
-            if p.grad is None:
+        # GradScaler adds up what it found in each p.grad: of none it makes a plain 0.
+        if self._reducer is not None and isinstance(getattr(self, "found_inf", None), int):
+            raise RuntimeError(
+                "GradScaler looks for overflows in p.grad, which stage=2 frees inside backward: "
+                "use ShardedLamb with stage=1 or overlap=False for loss scaling"
+            )
+        params = self._all_params()
+        grads = list(map(attrgetter("grad"), params))
+        if not any(map(is_not, grads, repeat(None))):
+            return  # as always at stage 2, where backward has taken them
+        for i, (p, g) in enumerate(zip(params, grads)):
+            if g is None:
                 continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"ShardedLamb cannot step {name}: sparse gradients are not supported"
-                )
+            if g.layout != torch.strided:
+                why = "sparse gradients are not supported"
+                raise RuntimeError(self._refusal(self._all_names()[i], why))
             if self._buffers and p not in self.state:
-                raise RuntimeError(
-                    f"ShardedLamb cannot step {name}: it was frozen when the buffers were made; "
-                    "add it by add_param_group() when it becomes trainable"
+                why = (
+                    "it was frozen when the buffers were made; add it by add_param_group() when it "
+                    "becomes trainable"
                 )
+                raise RuntimeError(self._refusal(self._all_names()[i], why))
+
+    @staticmethod
+    def _refusal(name: str, why: str) -> str:
+        return f"ShardedLamb cannot step {name}: {why}"
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -230,6 +378,14 @@ class ShardedLamb(LambBase):
         found = self._packed(keep=True)
         assert found is not None
         return found
+
+    def full_state_dict(self, to: int = 0) -> dict[str, Any]:
+        """:meth:`full_optimizer_state_dict` on rank ``to`` alone, ``{}`` on others; a collective.
+
+        Buckets are gathered one after the other, so no device ever holds more than one whole, and
+        only rank ``to`` needs host memory for all.
+        """
+        return self._packed(keep=self._comm.rank == to) or {}
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Make ``state_dict()`` whole on rank ``to`` until the next step; a collective."""
@@ -284,7 +440,32 @@ class ShardedLamb(LambBase):
     def _load_tensors(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         if self._buffers is None and not any(loaded.values()):
             return  # an empty state: trainers pass one through before the first step
-        buffers, every = self._build(), self._all_params()
+        (buffers, _), every = self._build(), self._all_params()
+        self.synchronize()
         for j, i in enumerate(buffers.indices):
             buffers.load_state(j, loaded.get(every[i], {}))
         self._attach_state()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def pieces(self, build: bool = False) -> dict[Tensor, Piece]:
+        """What this rank holds of each trainable param, memory to be read or to be overwritten.
+
+        Empty before the first step, unless ``build``. After overwriting, :meth:`take_pieces`.
+        """
+        if self._buffers is None and not build:
+            return {}
+        self.synchronize()
+        (buffers, _), every = self._build(), self._all_params()
+        return {every[i]: buffers.piece(j) for j, i in enumerate(buffers.indices)}
+
+    @torch.no_grad()
+    def take_pieces(self, steps: Mapping[Tensor, Tensor]) -> None:
+        """Go on from overwritten pieces, with these step counts (else 0); a collective."""
+        _, gatherer = self._build()
+        for p in self.state:
+            self.state[p]["step"] = steps.get(p, torch.zeros(()))
+        self._forget_caches()
+        self._attach_state()
+        gatherer.gather()
+        self._consolidated = None

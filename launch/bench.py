@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Benchmarks: ``python launch/bench.py step --help``.
+"""Benchmarks: ``python launch/bench.py step`` and ``torchrun ... launch/bench.py train``.
 
 Prints a table and appends its rows, with hardware and versions, to launch/results/. An
 implementation that is not LAMB to rounding on the same inputs gets no speed.
@@ -10,15 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarking import step
+from benchmarking import step, train
+from torch.distributed.elastic.multiprocessing.errors import record
 
 
+@record
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("step", help="the time of one step() on one device")
-    step.add_arguments(command)
-    command.set_defaults(run=step.main)
+    for module, about in (
+        (step, "the time of one step() on one device"),
+        (train, "whole training steps on the ranks that torchrun starts"),
+    ):
+        command = commands.add_parser(module.__name__.split(".")[-1], help=about)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
     args = parser.parse_args()
     return int(args.run(args))
 

@@ -4,7 +4,16 @@
     python launch/pretrain.py configs/quickstart.toml --set optim.lr=1e-2 train.steps=100
 
 The run directory receives ``run.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
-``checkpoint.pt`` and ``curves.png``.
+``checkpoints/step-<n>`` and ``curves.png``.
+
+A run that is started again goes on from its latest checkpoint, with as many ranks as it now has::
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchrun --standalone --nproc-per-node 8 --max-restarts 100 launch/pretrain.py CONFIG
+
+SIGTERM, and SIGUSR1 to any rank, end it after the step at hand, with a checkpoint and status 0
+(torchrun itself ends with status 1 after a SIGTERM of its own, and kills ranks that take longer
+than its 30 seconds).
 """
 
 from __future__ import annotations
@@ -25,10 +34,11 @@ import torch
 from pretraining import checkpoint, curves
 from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, to_device
 from pretraining.config import ConfigError, PretrainConfig, load_config
-from pretraining.engines import Engine, build_engine
+from pretraining.engine_base import Engine
+from pretraining.engines import build_engine
 from pretraining.masking import Masking, stream_key
 from pretraining.model import build_model
-from pretraining.ranks import Ranks, started
+from pretraining.ranks import Ranks, StopRequest, check_restarts, started
 from pretraining.report import (
     LOG_NAME,
     HeldOutRow,
@@ -47,6 +57,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from dist_lamb import schedules
+from dist_lamb.checkpoint import CheckpointError, latest, wait
 
 
 class Diverged(RuntimeError):
@@ -60,49 +71,66 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
     masking = Masking(fraction=config.data.mask_fraction, vocabulary=tokens.vocabulary)
     batches, held_out = _batches(config, tokens, masking, ranks)
 
-    saved = config.run_dir / checkpoint.FILE_NAME
-    found = config.train.resume == "auto" and saved.exists()
-    if not ranks.same(str(found)):
+    hint = check_restarts(config.train)
+    saved = None
+    if config.train.resume == "auto":
+        saved = latest(config.run_dir / checkpoint.FOLDER)
+    if not ranks.same(str(saved)):
         raise ConfigError(
-            f"{saved} is there for some ranks only; train.run_dir must be on a disk they share"
+            f"{config.run_dir / checkpoint.FOLDER} is not the same for all ranks; train.run_dir "
+            "must be on a disk they share"
         )
     model = build_model(config.model, config.data, config.train.seed, ranks.device)
-    if config.train.init_from and not found:
-        model.load_state_dict(checkpoint.initial_weights(Path(config.train.init_from)))
-    engine = build_engine(model, config.optim, _scaled_lr(config))
+    if config.train.init_from and not saved:
+        checkpoint.load_weights(Path(config.train.init_from), model)
+    engine = build_engine(model, config, _scaled_lr(config))
     scheduler = schedules.warmup_linear_decay(
         engine.optimizer, _warmup_steps(config, len(batches.sequences)), config.train.steps
     )
     first_step, changes = 0, []
-    if found:
-        content = checkpoint.load(saved)
-        changes = checkpoint.resume(content, config, tokens.digest, engine, scheduler, batches)
-        first_step = content["step"]
-        del content
+    if saved:
+        first_step, changes = checkpoint.resume(
+            saved, config, tokens.digest, engine, scheduler, batches
+        )
 
-    with _report(config, tokens, ranks, first_step) as report:
+    with _report(config, tokens, ranks, first_step) as report, StopRequest() as request:
         report.say(tokens.describe())
         report.say(_describe(config, model, batches, ranks))
+        if hint:
+            report.say(hint)
         if first_step:
-            report.say(f"resumed at step {first_step} from {saved}")
+            report.say(f"resumed at step {first_step}, sample {batches.position}, from {saved}")
         for change in changes:
             report.say(f"changed since: {change}")
-        loop = _Loop(config, ranks, engine, scheduler, batches, held_out, report)
+        stop, step = False, first_step
+        loop = _Loop(config, ranks, engine, scheduler, batches, held_out, report, request)
         if not first_step:
             loop.evaluate(0)
         elif first_step >= config.train.steps:
             report.say(f"nothing left to do: train.steps = {config.train.steps}")
         for step in range(first_step + 1, config.train.steps + 1):
-            loop.step(step)
+            stop = loop.step(step)
             if _is_due(step, config.train.eval_every, config.train.steps):
                 loop.evaluate(step)
-            if _is_due(step, config.train.save_every, config.train.steps):
+            if stop or _is_due(step, config.train.save_every, config.train.steps):
                 loop.flush()
                 checkpoint.save(
-                    saved, step, config, tokens.digest, engine, scheduler, batches, ranks
+                    step,
+                    config,
+                    tokens.digest,
+                    engine,
+                    scheduler,
+                    batches,
+                    beside=config.train.save_async and not stop,
                 )
                 loop.restart_clock()
-        if ranks.rank == 0:
+            if stop:
+                break
+        wait()
+        if stop and step < config.train.steps:
+            why = request.signal or "a signal to another rank"
+            report.say(f"stopped after step {step} by {why}; start again to go on from there")
+        elif ranks.rank == 0:
             report.say(_summary(config, first_step, time.monotonic() - began))
 
 
@@ -114,12 +142,14 @@ class _Loop:
         config: PretrainConfig,
         ranks: Ranks,
         engine: Engine,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         batches: TrainBatches,
         held_out: HeldOutBatches,
         report: Report,
+        request: StopRequest,
     ) -> None:
         self._config = config
+        self._request = request
         self._ranks = ranks
         self._engine = engine
         self._scheduler = scheduler
@@ -127,14 +157,15 @@ class _Loop:
         self._held_out = held_out
         self._report = report
         self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
-        self._pending: list[tuple[int, Tensor, float]] = []
+        self._pending: list[tuple[int, Tensor, float, int]] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Evaluations and checkpoints are no part of tokens/s."""
         self._clock = time.monotonic()
 
-    def step(self, step: int) -> None:
+    def step(self, step: int) -> bool:
+        """Make a step; whether any rank was asked to stop after it, the same on all."""
         config, engine, batches = self._config.train, self._engine, self._batches
         torch.manual_seed(stream_key("dropout", config.seed, step, self._ranks.rank))
         engine.model.train()
@@ -148,11 +179,15 @@ class _Loop:
             total += loss.detach()
         # Read before the schedule moves on: this is the lr the step is made with.
         lr = float(self._scheduler.get_last_lr()[0])
+        # On its way while the optimizer works.
+        flag, agreement = self._ranks.stopping(bool(self._request.signal))
         engine.step()
         self._scheduler.step()
-        self._pending.append((step, total, lr))
+        self._pending.append((step, total, lr, batches.position))
         if step % config.log_every == 0 or step == config.steps:
             self.flush()
+        agreement.wait()
+        return bool(flag)
 
     def flush(self) -> None:
         """Report the steps since the last time: one all-reduce and one wait for the device.
@@ -162,12 +197,12 @@ class _Loop:
         """
         if not self._pending:
             return
-        losses = self._ranks.mean(torch.stack([loss for _, loss, _ in self._pending]))
+        losses = self._ranks.mean(torch.stack([loss for _, loss, _, _ in self._pending]))
         seconds = time.monotonic() - self._clock
         tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
         rows = [
-            TrainRow(step, loss, lr, tokens / seconds)
-            for (step, _, lr), loss in zip(self._pending, losses.tolist(), strict=True)
+            TrainRow(step, loss, lr, tokens / seconds, samples)
+            for (step, _, lr, samples), loss in zip(self._pending, losses.tolist(), strict=True)
         ]
         trust = self._engine.trust_ratios()
         if self._ranks.rank == 0:
@@ -296,8 +331,9 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     if not first_step:
-        for name in (checkpoint.FILE_NAME, curves.FILE_NAME):
-            (run_dir / name).unlink(missing_ok=True)
+        (run_dir / curves.FILE_NAME).unlink(missing_ok=True)
+        if (run_dir / checkpoint.FOLDER).is_dir():
+            shutil.rmtree(run_dir / checkpoint.FOLDER)
     about = {
         "config": config.as_dict(),
         "corpus": tokens.meta,
@@ -317,10 +353,11 @@ def _describe(
     optim, of = config.optim, config.train
     parameters = sum(p.numel() for p in model.parameters())
     epochs = of.steps * of.global_batch / len(batches.sequences)
+    stage = f", ZeRO stage {optim.stage}" if optim.engine == "sharded" else ""
     return (
         f"model: BERT with {compact(parameters)} parameters\n"
-        f"ranks: {ranks.world_size} on {ranks.device.type}, engine {optim.engine}, "
-        f"ZeRO stage {optim.stage}, {torch.get_num_threads()} threads a rank\n"
+        f"ranks: {ranks.world_size} on {ranks.device.type}, engine {optim.engine}{stage}, "
+        f"{torch.get_num_threads()} threads a rank\n"
         f"batch: {of.global_batch} sequences of {config.data.seq_len} tokens, "
         f"{batches.micro_batches} micro-batches of {batches.micro_batch} a rank\n"
         f"schedule: {of.steps} steps ({epochs:.2f} epochs), lr {_scaled_lr(config):.3g} after "
@@ -341,7 +378,7 @@ def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
         f"{100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} %; "
         f"{compact(tokens)} tokens in {clock(seconds)}\n"
         f"picture {picture}, log {run_dir / LOG_NAME}, "
-        f"checkpoint {run_dir / checkpoint.FILE_NAME}, "
+        f"checkpoints {run_dir / checkpoint.FOLDER}, "
         f"tensorboard --logdir {run_dir / 'tensorboard'}"
     )
 
@@ -370,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(arguments.config, arguments.overrides)
         with started(config.train) as ranks:
             train(config, ranks)
-    except (ConfigError, CorpusError, Diverged) as error:
+    except (ConfigError, CorpusError, Diverged, CheckpointError) as error:
         # The user's to mend: one line a machine says more than a traceback a rank.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, and get back what each returned."""
+"""Run a function on several ranks, and get back what each returned."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ import torch.distributed as dist
 
 
 def run_ranks(
-    world: int, tmp_path: Path, fn: Callable[..., Any], *args: Any, timeout: float = 120.0
+    world: int,
+    tmp_path: Path,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """``[fn(rank, world, *args) for each rank]``, each in a process of its own.
 
     Ranks meet through a file in ``tmp_path``: no ports, so tests may run side by side. A rank's
     exception is raised here with its traceback; a rank still running after ``timeout`` seconds
-    is killed.
+    is killed. With ``backend="nccl"`` every rank has a GPU of its own, the current device.
     """
     context = mp.get_context("spawn")
     store = tmp_path / f"store-{world}-{len(list(tmp_path.iterdir()))}"
@@ -30,7 +35,7 @@ def run_ranks(
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_main, args=(rank, world, str(store), theirs, fn, args), daemon=True
+            target=_main, args=(rank, world, str(store), theirs, backend, fn, args), daemon=True
         )
         process.start()
         theirs.close()
@@ -47,7 +52,11 @@ def run_ranks(
                 processes[rank].join()
                 raise RuntimeError(f"rank {rank} died: {processes[rank].exitcode}") from None
             if not ok:
-                raise RuntimeError(f"rank {rank} of {world} raised:\n{payload}")
+                # The others fail too, of a lost connection: whoever was first tells what it was.
+                told = [payload, *(p.recv()[1] for p in pipes[rank + 1 :] if p.poll(2.0))]
+                said = [str(t) for t in told if isinstance(t, str)]
+                first = next((t for t in said if "onnection" not in t), said[0])
+                raise RuntimeError(f"a rank of {world} raised:\n{first}")
             results.append(torch.load(io.BytesIO(payload), weights_only=False))
     finally:
         for process in processes:
@@ -75,18 +84,29 @@ def each_world(rank: int, _: int, fn: Callable[..., Any], *args: Any) -> dict[in
 
 
 def _main(
-    rank: int, world: int, store: str, pipe: Any, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    store: str,
+    pipe: Any,
+    backend: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     # Ranks share the cores; more threads than cores make every OpenMP barrier a context switch.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
+        device = None
+        if backend == "nccl":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=60),
+            device_id=device,
         )
         # One compiler process a rank is plenty; a pool of them would outlive the test's timeout.
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

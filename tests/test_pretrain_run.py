@@ -15,8 +15,13 @@ import pretrain
 import pytest
 import torch
 import torch.distributed as dist
+from pretraining.config import load_config
+from pretraining.ranks import Ranks
 from pretraining.report import read_log
+from ranks import run_ranks
 from test_corpus import write_texts
+
+from dist_lamb.checkpoint import Checkpoint, checkpoints, wait
 
 ROOT = Path(__file__).parent.parent
 STEPS, CRASH_AT = 12, 8
@@ -59,13 +64,14 @@ save_every = 5
 CRASHING = f"""
 import os, sys
 import pretrain
-from pretraining.report import JsonLines
+from dist_lamb.checkpoint import wait
 
 step = pretrain._Loop.step
 def crash(self, number):
     if number == {CRASH_AT}:
+        wait()
         os._exit(9)
-    step(self, number)
+    return step(self, number)
 pretrain._Loop.step = crash
 pretrain.main(sys.argv[1:])
 """
@@ -153,14 +159,14 @@ def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_pa
         torchrun(crashing, config, broken)
     left = read_log(broken / "log.jsonl")
     assert max(row["step"] for row in left) == 6
-    assert torch.load(broken / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert [path.name for path in checkpoints(broken / "checkpoints")] == ["step-5"]
 
     # On one rank what two had saved, and on two.
     fewer = tmp_path / "fewer"
     shutil.copytree(broken, fewer)
     assert difference(run_here(config, fewer), one) < 1e-3
     printed = torchrun(ROOT / "launch" / "pretrain.py", config, broken)
-    assert "resumed at step 5" in printed
+    assert "resumed at step 5, sample 80, from " in printed
     assert numbers(read_log(broken / "log.jsonl")) == numbers(two)
 
 
@@ -169,10 +175,11 @@ def test_dropout_and_another_micro_batch_resume_exactly(config: Path, tmp_path: 
     whole = run_here(config, tmp_path / "whole", *dropout)
     original = pretrain._Loop.step
 
-    def crash(self: Any, step: int) -> None:
+    def crash(self: Any, step: int) -> bool:
         if step == CRASH_AT:
+            wait()
             raise KeyboardInterrupt
-        original(self, step)
+        return original(self, step)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pretrain._Loop, "step", crash)
@@ -225,8 +232,12 @@ def test_what_a_run_leaves(config: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert len(events.Scalars("held_out/accuracy")) == 4
     assert {f"trust_ratio_of/{group}" for group in groups} <= set(events.Tags()["scalars"])
 
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == STEPS
+    kept = [path.name for path in checkpoints(run / "checkpoints")]
+    assert kept == ["step-10", f"step-{STEPS}"]
+    saved = Checkpoint(run / "checkpoints" / f"step-{STEPS}")
+    assert saved.step == STEPS
+    assert saved.extra["samples_seen"] == STEPS * 16
+    assert saved.extra["tokens_seen"] == STEPS * 16 * 16
     model = BertForMaskedLM(
         BertConfig(
             vocab_size=400,
@@ -237,9 +248,11 @@ def test_what_a_run_leaves(config: Path, tmp_path: Path, capsys: pytest.CaptureF
             max_position_embeddings=16,
         )
     )
-    model.load_state_dict(saved["model"])
+    weights = {k.removeprefix("model."): k for k in saved.tensors if k.startswith("model.")}
+    model.load_state_dict({name: saved.tensor(key) for name, key in weights.items()}, strict=False)
+    assert set(weights) <= set(model.state_dict())
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoint.pt",
+        "checkpoints",
         "curves.png",
         "log.jsonl",
         "run.json",
@@ -258,7 +271,7 @@ def test_another_start_and_a_longer_run(config: Path, tmp_path: Path, capsys: An
     assert "train.steps: 4 -> 6" in capsys.readouterr().out
     assert [row["step"] for row in longer if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
-    start = f"train.init_from={tmp_path}/first/checkpoint.pt"
+    start = f"train.init_from={tmp_path}/first"
     second = run_here(config, tmp_path / "second", start, "train.steps=1")
     assert second[0]["loss"] == longer[-1]["loss"]
 
@@ -277,7 +290,7 @@ def test_another_start_and_a_longer_run(config: Path, tmp_path: Path, capsys: An
         ("data.path=/absent", "data.path = '/absent': is no file, folder or glob of files"),
         ("train.micro_batch=3", "train.micro_batch = 3 does not divide the 16 sequences"),
         ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
-        ("train.init_from=absent.pt", "absent.pt: no such checkpoint"),
+        ("train.init_from=absent", "train.init_from: absent: no checkpoint here"),
         ("optim.lr=1e30", "lower optim.lr or lengthen the warm-up"),
     ],
 )
@@ -290,3 +303,24 @@ def test_errors_are_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("pretrain: error: ")
     assert message in error
+
+
+def _engines_change(rank: int, world: int, config: Path, runs: Path) -> None:
+    """Half a run with one engine, the rest with the other, both ways round."""
+    ranks = Ranks(rank, rank, world, torch.device("cpu"))
+    for name, engines in (("one", ("sharded", "ddp")), ("other", ("ddp", "sharded"))):
+        for steps, engine in zip((STEPS // 2, STEPS), engines):
+            overrides = [f"train.run_dir={runs / name}", f"train.steps={steps}"]
+            # Eight sequences a rank are two micro-batches: gradients accumulate.
+            pretrain.train(load_config(config, [*overrides, f"optim.engine={engine}"]), ranks)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_engines_give_the_same_curve_and_resume_each_other(config: Path, tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, _engines_change, config, tmp_path / "runs")
+    one, other = (read_log(tmp_path / "runs" / name / "log.jsonl") for name in ("one", "other"))
+    assert [row["step"] for row in one if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert difference(one, other) < 1e-4
+    for a, b in zip(one, other, strict=True):
+        if a.get("trust"):
+            assert a["trust"]["median"] == pytest.approx(b["trust"]["median"], rel=1e-3)

@@ -442,9 +442,9 @@ def _module_with_mesh(rank: int, world: int) -> None:
     assert sorted(optimizer.trust_ratios()) == ["bias", "weight"]
     with pytest.raises(ValueError, match="either process_group or mesh"):
         ShardedLamb(model, mesh=mesh, process_group=mesh.get_group())
-    grid = init_device_mesh("cpu", (1, world))
-    with pytest.raises(ValueError, match="one axis expected, got 2"):
-        ShardedLamb(model, mesh=grid)
+    cube = init_device_mesh("cpu", (1, 1, world))
+    with pytest.raises(ValueError, match=r"one axis \(shard\) or two .* expected, got 3"):
+        ShardedLamb(model, mesh=cube)
 
 
 def _channels_last(rank: int, world: int) -> None:

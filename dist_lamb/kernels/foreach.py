@@ -104,22 +104,22 @@ def _pieces(work: Work) -> Iterator[_Piece]:
             rows = slice(begin + at, begin + at + n) if dim == 0 else slice(begin, begin + 1)
             size_of_part = n * (cols if dim == 0 else 1)
             if parts and numel + size_of_part > limit:
-                yield _collect(parts)
+                yield _collect(work, parts)
                 parts, numel = [], 0
             parts.append((part, rows))
             numel += size_of_part
         begin += size
     if parts:
-        yield _collect(parts)
+        yield _collect(work, parts)
 
 
-def _collect(found: list[tuple[Block, slice]]) -> _Piece:
+def _collect(work: Work, found: list[tuple[Block, slice]]) -> _Piece:
     parts, rows = [part for part, _ in found], [r for _, r in found]
     x = [part.param for part in parts]
     m, v = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
     g = [part.grad.to(part.param.dtype) for part in parts]
     lengths = None
-    if len(parts) > 1 and x[0].device.type == "cpu" and all(len(t) == 1 for t in x):
+    if len(parts) > 1 and not work.tiled and work.device.type == "cpu":
         # A few operations on each of many small tensors would cost more than the arithmetic.
         lengths = [t.numel() for t in x]
         g, x, m, v = ([torch.cat(tensors, dim=1)] for tensors in (g, x, m, v))

@@ -67,8 +67,8 @@ _jit = functools.partial(
     triton.jit,
     do_not_specialize=["num_chunks", "num_segments"],
     do_not_specialize_on_alignment=[
-        "chunks", "segments", "param_table", "groups", "counters", "active", "loss_scale",
-        "found_inf", "arrivals", "partials", "total", "sums", "steps", "ratios",
+        "chunks", "segments", "param_table", "groups", "counters", "active", "kind",
+        "loss_scale", "found_inf", "arrivals", "partials", "total", "sums", "steps", "ratios",
     ],
 )  # fmt: skip
 
@@ -209,6 +209,7 @@ def _grad_sq(
     segments,
     num_segments,
     active,
+    kind,
     arrivals,
     partials,
     total,
@@ -216,7 +217,7 @@ def _grad_sq(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """total[0] = ||g_all||^2 of this device; ``arrivals`` is 0 before and after."""
+    """total[0] = ||g_all||^2 of this device, or of the params of ``kind``; arrivals stays 0."""
     program = tl.program_id(0)
     squares = tl.zeros([BLOCK], tl.float64)
     for at in range(program, num_chunks, tl.num_programs(0)):
@@ -225,6 +226,8 @@ def _grad_sq(
         flags = tl.load(segment + FLAGS * num_segments)
         numel = tl.load(chunk + NUMEL)
         numel = tl.where(_takes_part(flags, active, chunk), numel, 0)
+        if kind is not None:
+            numel = tl.where(tl.load(kind + tl.load(chunk + PARAM)) != 0, numel, 0)
         offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
         g, code = tl.load(segment + GRAD * num_segments), (flags >> GRAD_SHIFT) & 3
         fast, every = _blocks(flags, numel, BLOCK)
@@ -579,7 +582,11 @@ class _Launches:
             return
         compiled = self._compiled.get(name)
         if compiled is None:  # in the interpreter always
-            self._compiled[name] = kernel[(programs,)](*args, num_warps=WARPS)
+            # Products and sums rounded apart: which of them are fused would change with the kind of
+            # step, and so would the bits.
+            self._compiled[name] = kernel[(programs,)](
+                *args, num_warps=WARPS, enable_fp_fusion=False
+            )
         else:
             compiled[(programs, 1, 1)](*args)
 
@@ -604,6 +611,7 @@ def update(
     norms: Any,
     *,
     clip: bool,
+    grad_sq: Tensor | None,
     lr_zero: bool,
     active: Tensor | None,
     loss_scale: Tensor | None,
@@ -611,7 +619,8 @@ def update(
 ) -> Tensor:
     """Phases 2-6 of a step: new m, v, x, copies and counters; the trust ratios, float32 [params].
 
-    ``clip``: some group clips. ``lr_zero``: some lr is known to be 0. ``active``, bool [params], or
+    ``clip``: some group clips. ``grad_sq``: the sum of squares of all local gradients, float64 0-d,
+    where it is known already. ``lr_zero``: some lr is known to be 0. ``active``, bool [params], or
     None where the presence of a gradient says it. ``norms`` are :class:`dist_lamb.norms.Norms`.
     """
     device = table.device
@@ -619,8 +628,8 @@ def update(
         # Triton launches on the current device, whatever the tensors are on.
         with torch.cuda.device(device):
             return update(
-                table, groups, counters, norms, clip=clip, lr_zero=lr_zero, active=active,
-                loss_scale=loss_scale, found_inf=found_inf,
+                table, groups, counters, norms, clip=clip, grad_sq=grad_sq, lr_zero=lr_zero,
+                active=active, loss_scale=loss_scale, found_inf=found_inf,
             )  # fmt: skip
     loss_scale, overflow = _scalar(loss_scale, device), _scalar(found_inf, device)
     ratios = torch.empty(table.num_params, dtype=torch.float32, device=device)
@@ -630,23 +639,35 @@ def update(
     launch = _launches(
         device, table.grad_kind, table.copy_kind, clip, lr_zero, active is None,
         None if loss_scale is None else loss_scale.dtype,
-        None if overflow is None else overflow.dtype, norms.local,
+        None if overflow is None else overflow.dtype, norms.local, norms.kinds(device) is None,
     )  # fmt: skip
 
     # 2. clip coefficient and overflow flag, of all params on all ranks
-    if clip:
-        total, at_most = table.total, _programs(device)
-        launch(
-            "grad_sq", _grad_sq, max(1, min(num_chunks, at_most)), chunks, num_chunks, segments,
-            num_segments, active, table.arrivals, table.grad_partials(at_most), total,
-            table.grad_kind, triton.next_power_of_2(at_most), BLOCK,
-        )  # fmt: skip
+    kinds = norms.kinds(device)
+    # [squares of each kind of params, flag]
+    each = table.total if kinds is None else table.total.new_zeros(len(kinds) + 1)
+    if grad_sq is not None:
+        each[0] = grad_sq
+    elif clip:
+        at_most = _programs(device)
+        for k, kind in enumerate(kinds or [None]):
+            launch(
+                "grad_sq", _grad_sq, max(1, min(num_chunks, at_most)), chunks, num_chunks, segments,
+                num_segments, active, kind, table.arrivals, table.grad_partials(at_most), each[k:],
+                table.grad_kind, triton.next_power_of_2(at_most), BLOCK,
+            )  # fmt: skip
+    known = clip or grad_sq is not None
     if not norms.local and (clip or overflow is not None):
-        both = table.total if clip else table.total.zero_()
+        both = each if known else each.zero_()
         if overflow is not None:
-            both[1] = overflow.view(())
-        both = norms.over_all(both)
-        total, overflow = both if clip else None, None if overflow is None else both[1:]
+            both[-1] = overflow.view(())
+        each = norms.over_all(both)
+        overflow = None if overflow is None else each[1:]
+    if known and overflow is not None:
+        # Finite half-precision gradients of two ranks may have a sum that is not.
+        overflow = overflow.view(1) + ~each[:1].isfinite()
+    if clip:
+        total = each
     if lr_zero:
         launch(
             "history", _history, num_chunks, chunks, num_chunks, segments, num_segments, active,

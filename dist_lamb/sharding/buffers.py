@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Block, RowMap, Work
-from ..state import as_laid_out, flat_row, is_dense, needs_master, state_dtype
+from ..state import TENSOR_STATES, as_laid_out, flat_row, is_dense, needs_master, state_dtype
 from .comm import Comm
 from .layout import TILE, Layout, ParamSpec, Segment
 
@@ -36,11 +36,11 @@ class _Bank:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """This rank's shard of one bucket: [tiles_per_shard, TILE] views."""
 
     params: Tensor  # a part of the whole bucket of params
-    grads: Tensor
+    grads: Tensor  # the mean over ranks, in the dtype it is kept in
     exp_avg: Tensor
     exp_avg_sq: Tensor
     master: Tensor  # what the rule updates: params itself, or its float32 original
@@ -51,11 +51,31 @@ class _Shard:
         return self.master is not self.params
 
 
+@dataclass(frozen=True)
+class _Staging:
+    """Where a bucket's gradients are put together to be sent."""
+
+    tiles: Tensor  # [tiles, TILE], padded to all ranks' shards
+    slots: dict[int, Tensor]  # of each param: a view shaped and strided as it is
+    rows: dict[int, Tensor]  # its tiles
+    padding: list[Tensor]  # what belongs to no param
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a param: elements from ``start`` on, in the param's memory order."""
+
+    start: int
+    views: dict[str, Tensor]  # "param" and its states: 1-D views, all of one length
+    whole: ParamSpec
+
+
 class FlatBuffers:
     """Moves params into flat buckets (their ``.data`` become views) and holds the rank's shards.
 
     ``indices`` are the positions of ``params`` among all ``num_params`` params of the optimizer:
-    what the rows of :attr:`works` refer to.
+    what the rows of :attr:`works` refer to. Gradients travel in ``reduce_dtype``, default the
+    params' own, and are kept in it, or in the dtype of the state if they are to be ``summed``.
     """
 
     def __init__(
@@ -65,55 +85,74 @@ class FlatBuffers:
         indices: Sequence[int],
         num_params: int,
         comm: Comm,
+        reduce_dtype: torch.dtype | None = None,
+        summed: bool = False,
     ) -> None:
         self.layout = layout
         self.segments = layout.segments(comm.rank)
-        self._params = list(params)
+        # At most one each: a param is in one bucket, and a shard of that is contiguous.
+        self._segment_of = {segment.param: segment for segment in self.segments}
+        self.params = list(params)
         self.indices = list(indices)
         self._num_params = num_params
         self._comm = comm
-        self._device = params[0].device
-        self._buckets = [
+        self._reduce_dtype = reduce_dtype
+        self._summed = summed
+        self.device = params[0].device
+        self.buckets = [
             self._zeros(b.padded_numel(comm.world_size), params[b.params[0]].dtype)
             for b in layout.buckets
         ]
         self._slots: dict[int, Tensor] = {}
-        for bucket, whole in zip(layout.buckets, self._buckets):
+        self._addresses: list[int] = []
+        for bucket, whole in zip(layout.buckets, self.buckets):
             for i, first in zip(bucket.params, bucket.first_tiles):
                 spec = layout.params[i]
                 self._slots[i] = whole.as_strided(spec.shape, spec.stride, first * TILE)
         self.adopt_params()
         self.banks = self._make_banks()
-        self._shards = list(self._make_shards())
+        self.shards = list(self._make_shards())
         self.refresh_masters()
         self.works = list(self._make_works())
-        self._staging: dict[torch.dtype, Tensor] = {}
+        self._staging: dict[int, _Staging] = {}
+        self._staging_memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._active: tuple[frozenset[int], Tensor] | None = None
+        self._own = frozenset(self._segment_of)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=self._device)
+        return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def _make_banks(self) -> dict[torch.dtype, _Bank]:
         tiles: dict[torch.dtype, int] = {}
-        for b, whole in zip(self.layout.buckets, self._buckets):
+        for b, whole in zip(self.layout.buckets, self.buckets):
             tiles[whole.dtype] = tiles.get(whole.dtype, 0) + b.tiles_per_shard
         banks = {}
         for dtype, count in tiles.items():
-            new = [
+            kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
+            grads = self._zeros(count * TILE, kept).view(-1, TILE)
+            m, v, master = (
                 self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE)
-                for _ in range(4 if needs_master(dtype) else 3)
-            ]
-            banks[dtype] = _Bank(new[0], new[1], new[2], new[3] if len(new) > 3 else None)
+                if name != "master" or needs_master(dtype)
+                else None
+                for name in TENSOR_STATES
+            )
+            assert m is not None
+            assert v is not None
+            banks[dtype] = _Bank(grads, m, v, master)
         return banks
 
-    def _make_shards(self) -> Iterator[_Shard]:
+    def _travelling_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self._reduce_dtype is None else self._reduce_dtype
+
+    def _make_shards(self) -> Iterator[Shard]:
         used: dict[torch.dtype, int] = {}
-        for n, (b, whole) in enumerate(zip(self.layout.buckets, self._buckets)):
+        for n, (b, whole) in enumerate(zip(self.layout.buckets, self.buckets)):
             start = used.get(whole.dtype, 0)
             mine = slice(start, start + b.tiles_per_shard)
             used[whole.dtype] = mine.stop
             bank, rank = self.banks[whole.dtype], self._comm.rank
             params = whole.view(self._comm.world_size, b.tiles_per_shard, TILE)[rank]
-            yield _Shard(
+            yield Shard(
                 params=params,
                 grads=bank.grads[mine],
                 exp_avg=bank.exp_avg[mine],
@@ -127,7 +166,7 @@ class FlatBuffers:
         rank = self._comm.rank
         for dtype in self.banks:
             blocks, owners = [], []
-            for n, s in enumerate(self._shards):
+            for n, s in enumerate(self.shards):
                 if s.params.dtype == dtype and s.tiles:
                     grads, master, m, v = (
                         t[: s.tiles] for t in (s.grads, s.master, s.exp_avg, s.exp_avg_sq)
@@ -135,7 +174,7 @@ class FlatBuffers:
                     copy = s.params[: s.tiles] if s.copies_down else None
                     blocks.append(Block(grads, master, m, v, copy))
                     owners.append([self.indices[i] for i in self.layout.shard_tiles(rank, n)])
-            rows = RowMap(owners, self._num_params, self._device)
+            rows = RowMap(owners, self._num_params, self.device)
             yield Work(blocks, rows, state_dtype(dtype), tiled=True)
 
     # --- params ----------------------------------------------------------------------------------
@@ -145,8 +184,10 @@ class FlatBuffers:
 
         Raises ``RuntimeError`` naming a param that has become another tensor altogether.
         """
+        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
+            return
         for i, slot in self._slots.items():
-            p = self._params[i]
+            p = self.params[i]
             if p.data_ptr() == slot.data_ptr() and p.stride() == slot.stride():
                 continue
             if (p.shape, p.dtype, p.device) != (slot.shape, slot.dtype, slot.device):
@@ -157,78 +198,71 @@ class FlatBuffers:
                 )
             slot.copy_(p.detach())
             p.data = slot
+        self._addresses = list(map(Tensor.data_ptr, self.params))
 
     def release_params(self) -> None:
         """Give the params memory of their own again; the buffers are of no use afterwards."""
         for i, slot in self._slots.items():
-            self._params[i].data = slot.clone()
+            self.params[i].data = slot.clone()
 
     def refresh_masters(self) -> None:
         """Take the params' present values as the masters'."""
-        for s in self._shards:
+        for s in self.shards:
             if s.copies_down:
                 s.master.copy_(s.params)
 
-    def gather_params(self) -> None:
-        """Every rank's updated shards to every rank: one all-gather per bucket."""
-        for whole, s in zip(self._buckets, self._shards):
-            self._comm.all_gather(whole, s.params)
-
     # --- gradients -------------------------------------------------------------------------------
 
-    def reduce_gradients(self, free: bool) -> None:
-        """Mean over ranks of ``p.grad`` into the shards: one reduce-scatter per bucket.
+    def stage(self, bucket: int, slot: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """A bucket's gradients put together in staging buffer ``slot``, and those by param.
 
-        A rank without a gradient for a param adds nothing to it. ``free`` drops every ``p.grad``
-        as soon as its bucket is reduced.
+        Raises ``RuntimeError`` naming a param whose gradient is sparse.
         """
-        if self._comm.world_size == 1:
-            self.take_gradients()  # their own mean: nothing to stage
-            if free:
-                for p in self._params:
-                    p.grad = None
-            return
-        for bucket, whole, s in zip(self.layout.buckets, self._buckets, self._shards):
-            staged = self._staged(whole)
-            present = [i for i in bucket.params if self._params[i].grad is not None]
-            for i in present:
-                slot = self._slots[i]
-                at = staged.as_strided(slot.shape, slot.stride(), slot.storage_offset())
-                at.copy_(self._params[i].grad)  # type: ignore[arg-type]
-            tiles = staged.view(-1, TILE)
-            # A gradient that is there must not read as absent: this turns -0.0 into 0.0.
-            tiles[:, 0].add_(0.0)
-            for i, first in zip(bucket.params, bucket.first_tiles):
-                if self._params[i].grad is None:
-                    tiles[first : first + self.layout.params[i].tiles] = ABSENT
-            if staged.dtype == s.grads.dtype:
-                self._comm.reduce_scatter_sum(s.grads, staged)
-            else:
-                low = torch.empty_like(s.params)
-                self._comm.reduce_scatter_sum(low, staged)
-                s.grads.copy_(low)
-            # Divided, not multiplied by 1/W: at 3 ranks a mean that is exact must come out exact.
-            s.grads.div_(self._comm.world_size)
-            if free:
-                for i in present:
-                    self._params[i].grad = None
-        if free:
-            for i in set(range(len(self._params))) - set(self._slots):
-                self._params[i].grad = None  # empty params lie in no bucket
+        staging = self._staging.get(bucket)
+        if staging is None:
+            staging = self._staging[bucket] = self._make_staging(bucket, slot)
+        grads = {j: self.params[j].grad for j in staging.slots}
+        present = {j: g for j, g in grads.items() if g is not None}
+        for j, g in present.items():
+            if g.layout != torch.strided:
+                raise RuntimeError(
+                    f"{self.layout.params[j].name} has a sparse gradient: not supported"
+                )
+        if present:
+            torch._foreach_copy_([staging.slots[j] for j in present], list(present.values()))
+        if staging.padding:
+            torch._foreach_zero_(staging.padding)
+        # A gradient that is there must not read as absent: this turns -0.0 into 0.0.
+        staging.tiles[:, 0].add_(0.0)
+        for j in grads.keys() - present.keys():
+            staging.rows[j].fill_(ABSENT)
+        return staging.tiles, present
 
-    def _staged(self, whole: Tensor) -> Tensor:
-        """A buffer like ``whole``, with zeros wherever no param lies."""
-        staging = self._staging.get(whole.dtype)
-        if staging is None or staging.numel() < whole.numel():
-            same = [b.numel() for b in self._buckets if b.dtype == whole.dtype]
-            staging = self._staging[whole.dtype] = self._zeros(max(same), whole.dtype)
-        # Padding must be zero, and a bucket's padding may be another bucket's params.
-        return staging[: whole.numel()].zero_()
+    def _make_staging(self, bucket: int, slot: int) -> _Staging:
+        """The buckets that take turns in a slot share its memory."""
+        whole, b = self.buckets[bucket], self.layout.buckets[bucket]
+        dtype = self._travelling_dtype(whole.dtype)
+        memory = self._staging_memory.get((dtype, slot))
+        if memory is None or memory.numel() < whole.numel():
+            kinds = [t for t in self.buckets if self._travelling_dtype(t.dtype) == dtype]
+            memory = self._zeros(max(t.numel() for t in kinds), dtype)
+            self._staging_memory[dtype, slot] = memory
+        flat = memory[: whole.numel()]
+        slots, rows, padding = {}, {}, []
+        for j, first in zip(b.params, b.first_tiles):
+            spec, start = self.layout.params[j], first * TILE
+            end = start + spec.tiles * TILE
+            slots[j] = flat.as_strided(spec.shape, spec.stride, start)
+            rows[j] = flat[start:end]
+            padding.append(flat[start + spec.numel : end])
+        padding.append(flat[b.tiles * TILE :])
+        padding = [t for t in padding if t.numel()]
+        return _Staging(flat.view(-1, TILE), slots, rows, padding)
 
-    def take_gradients(self) -> None:
-        """``p.grad``, already averaged over ranks by somebody else, into the shards."""
+    def take_gradients(self) -> set[int]:
+        """``p.grad``, already averaged over ranks, into the shards; the params that had one."""
         for segment in self.segments:
-            p, shard = self._params[segment.param], self._shards[segment.bucket]
+            p, shard = self.params[segment.param], self.shards[segment.bucket]
             rows = _rows(shard.grads, segment)
             if p.grad is None:
                 rows.fill_(ABSENT)
@@ -236,11 +270,25 @@ class FlatBuffers:
             whole = flat_row(as_laid_out(p.grad, self._slots[segment.param]))[0]
             flat = rows.view(-1)[: segment.numel]
             flat.copy_(whole[segment.param_start : segment.param_start + segment.numel])
-            rows[:, 0].add_(0.0)
+        return {j for j, p in enumerate(self.params) if p.grad is not None}
 
-    def present(self) -> Tensor:
-        """bool [num_params]: which of the params with tiles here have a gradient on any rank."""
-        found = torch.zeros(self._num_params, dtype=torch.float64, device=self._device)
+    def active(self, present: set[int], everywhere: bool) -> Tensor:
+        """bool [num_params]: which of the params with tiles here have a gradient on any rank.
+
+        ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
+        """
+        if not (everywhere or self._own <= present):
+            return self._found_active()
+        chosen = self._own & present
+        if self._active is None or self._active[0] != chosen:
+            mask = torch.zeros(self._num_params, dtype=torch.bool)
+            mask[[self.indices[j] for j in chosen]] = True
+            self._active = (chosen, mask.to(self.device))
+        return self._active[1]
+
+    def _found_active(self) -> Tensor:
+        """The same from the gradients that have been summed over ranks."""
+        found = torch.zeros(self._num_params, dtype=torch.float64, device=self.device)
         for work in self.works:
             if work.blocks:
                 first = torch.cat([block.grad[:, 0] for block in work.blocks])
@@ -252,34 +300,43 @@ class FlatBuffers:
 
     def state_names(self, i: int) -> list[str]:
         names = ["exp_avg", "exp_avg_sq"]
-        return [*names, "master"] if needs_master(self._params[i].dtype) else names
+        return [*names, "master"] if needs_master(self.params[i].dtype) else names
 
     def local_state(self, i: int) -> dict[str, Tensor]:
         """This rank's piece of each state of param i, 1-D in memory order: views, maybe empty."""
-        mine = [s for s in self.segments if s.param == i]
-        if not mine:
-            empty = self._zeros(0, state_dtype(self._params[i].dtype))
+        segment = self._segment_of.get(i)
+        if segment is None:
+            empty = self._zeros(0, state_dtype(self.params[i].dtype))
             return dict.fromkeys(self.state_names(i), empty)
-        (segment,) = mine  # one bucket, and a shard is contiguous in it
-        shard = self._shards[segment.bucket]
+        shard = self.shards[segment.bucket]
         return {
             name: _rows(getattr(shard, name), segment).view(-1)[: segment.numel]
             for name in self.state_names(i)
         }
+
+    def piece(self, i: int) -> Piece:
+        """This rank's piece of param i itself and of its states."""
+        segment, start, own = self._segment_of.get(i), 0, self._zeros(0, self.params[i].dtype)
+        if segment is not None:
+            start = segment.param_start
+            own = _rows(self.shards[segment.bucket].params, segment).view(-1)[: segment.numel]
+        return Piece(start, {"param": own, **self.local_state(i)}, self.layout.params[i])
 
     def load_state(self, i: int, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's pieces of param i's state out of whole tensors, shaped like the param.
 
         Moments that are not given are zero, and a master is the param's present value.
         """
-        for segment in (s for s in self.segments if s.param == i):
-            for name, piece in self.local_state(i).items():
-                value = whole.get(name, self._slots[i] if name == "master" else None)
-                if value is None:
-                    piece.zero_()
-                else:
-                    memory = flat_row(as_laid_out(value, self._slots[i]))[0]
-                    piece.copy_(memory[segment.param_start :][: segment.numel])
+        segment = self._segment_of.get(i)
+        if segment is None:
+            return
+        for name, piece in self.local_state(i).items():
+            value = whole.get(name, self._slots[i] if name == "master" else None)
+            if value is None:
+                piece.zero_()
+            else:
+                memory = flat_row(as_laid_out(value, self._slots[i]))[0]
+                piece.copy_(memory[segment.param_start :][: segment.numel])
 
     def gather_state(self, name: str, keep: bool) -> dict[int, Tensor]:
         """Whole tensors of one state on the CPU, by param; a collective, bucket by bucket.
@@ -287,7 +344,7 @@ class FlatBuffers:
         Ranks that do not ``keep`` take part and get nothing.
         """
         found = {}
-        for bucket, s in zip(self.layout.buckets, self._shards):
+        for bucket, s in zip(self.layout.buckets, self.shards):
             if name == "master" and not s.copies_down:
                 continue
             shard = getattr(s, name)

@@ -13,21 +13,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 ProcessGroup = dist.ProcessGroup
-__all__ = ["Comm", "DeviceMesh", "ProcessGroup", "is_dtensor"]
+__all__ = ["Comm", "DTensor", "DeviceMesh", "ProcessGroup", "host_comm", "is_dtensor"]
 
 
 class Comm:
-    """Collectives over one process group, all on contiguous tensors.
+    """Collectives over the ranks that share out a model, all on contiguous tensors.
 
-    Without torch.distributed initialised, or in a group of one rank, every operation is local.
+    ``group`` is the shard axis: each of its ``world_size`` ranks owns a shard. With ``across``, the
+    replicate axis, there are ``replicas`` such groups, which own the same shards once more.
+    Without torch.distributed initialised, or on an axis of one rank, every operation is local.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, group: ProcessGroup | None = None, across: ProcessGroup | None = None
+    ) -> None:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         self.group = group
+        self.across = across
         self.world_size: int = dist.get_world_size(group) if group is not None else 1
         self.rank: int = dist.get_rank(group) if group is not None else 0
+        self.replicas: int = dist.get_world_size(across) if across is not None else 1
+        #: whether another group of ranks may compute the same sums
+        self.replicated = self.replicas > 1
+        self._nccl = group is not None and _is_nccl(group)
         if self.rank < 0:
             raise ValueError("this process is not a member of the process group it was given")
 
@@ -38,60 +47,161 @@ class Comm:
             return Comm(group)
         if group is not None:
             raise ValueError("give either process_group or mesh, not both")
-        if mesh.ndim != 1:
-            raise ValueError(f"a mesh of one axis expected, got {mesh.ndim} axes: {mesh}")
-        return Comm(mesh.get_group())
+        if mesh.ndim == 1:
+            return Comm(mesh.get_group())
+        if mesh.ndim == 2:
+            return Comm(mesh.get_group(1), across=mesh.get_group(0))
+        raise ValueError(
+            f"a mesh of one axis (shard) or two (replicate, shard) expected, got {mesh.ndim} axes"
+        )
+
+    @staticmethod
+    def along(axis: ProcessGroup) -> Comm:
+        """One axis of a mesh: if there are other ranks, they may hold replicas."""
+        comm = Comm(axis)
+        comm.replicated = comm.world_size < Comm().world_size
+        return comm
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on both axes together."""
+        return self.world_size * self.replicas
 
     def broadcast(self, t: Tensor) -> None:
-        """In place, from the group's rank 0."""
+        """In place, from rank 0 of both axes."""
+        if self.replicas > 1:
+            dist.broadcast(t, group=self.across, group_src=0)
         if self.world_size > 1:
             dist.broadcast(t, group=self.group, group_src=0)
 
+    def from_first(self, value: Any) -> Any:
+        """A picklable ``value`` of rank 0 of both axes, on every rank."""
+        box = [value]
+        for size, group in ((self.replicas, self.across), (self.world_size, self.group)):
+            if size > 1:
+                dist.broadcast_object_list(box, group=group, group_src=0)
+        return box[0]
+
     def all_reduce_sum(self, t: Tensor) -> Tensor:
+        """Over the shard axis, in place or not; the same bits in all of its replicas."""
+        if self.replicated and self.world_size > 2:
+            # Another group's all-reduce may add in another order, and a trust ratio that differs
+            # in one bit lets replicas drift apart. So the order is fixed here: that of the ranks.
+            whole = t.new_empty(self.world_size, *t.shape)
+            self.all_gather(whole, t.contiguous())
+            return whole.sum(dim=0)
         if self.world_size > 1:
             dist.all_reduce(t, group=self.group)
         return t
 
-    def reduce_scatter_sum(self, shard: Tensor, whole: Tensor) -> None:
-        """``shard`` [n] <- this rank's n elements of the sum over ranks of ``whole`` [W * n]."""
+    def all_reduce_across(self, t: Tensor) -> Tensor:
+        """In place, over the replicate axis: the sum, or the mean if it :attr:`averages`."""
+        if self.replicas > 1:
+            dist.all_reduce(t, op=self._op(t), group=self.across)
+        return t
+
+    def averages(self, device: torch.device) -> bool:
+        """Whether reductions of gradients divide by the number of ranks too."""
+        # NCCL multiplies with the reciprocal, which is exact for powers of two alone.
+        exact = self.num_ranks & (self.num_ranks - 1) == 0
+        return exact and device.type == "cuda" and self._nccl
+
+    def _op(self, t: Tensor) -> Any:
+        return dist.ReduceOp.AVG if self.averages(t.device) else dist.ReduceOp.SUM
+
+    def reduce_scatter(self, shard: Tensor, whole: Tensor, async_op: bool = False) -> Any:
+        """``shard`` [n] <- this rank's part of the sum over the shard axis of ``whole`` [W * n].
+
+        The mean, if it :attr:`averages`.
+        With ``async_op`` it is there after ``wait()`` of the ``Work`` returned, if there is one.
+        """
         shard, whole = shard.view(-1), whole.view(-1)
         if self.world_size == 1:
             shard.copy_(whole)
-        elif hasattr(dist, "reduce_scatter_single"):  # torch >= 2.13, where the other name warns
-            dist.reduce_scatter_single(shard, whole, group=self.group)
-        else:
-            dist.reduce_scatter_tensor(shard, whole, group=self.group)
+            return None
+        if hasattr(dist, "reduce_scatter_single"):  # torch >= 2.13, where the other name warns
+            return dist.reduce_scatter_single(
+                shard, whole, op=self._op(whole), group=self.group, async_op=async_op
+            )
+        return dist.reduce_scatter_tensor(
+            shard, whole, op=self._op(whole), group=self.group, async_op=async_op
+        )
 
-    def all_gather(self, whole: Tensor, shard: Tensor) -> None:
-        """``whole`` [W * n] <- the ranks' ``shard`` [n], which may be a view into ``whole``."""
+    def all_gather(self, whole: Tensor, shard: Tensor, async_op: bool = False) -> Any:
+        """``whole`` [W * n] <- the ranks' ``shard`` [n], which may be a view into ``whole``.
+
+        ``async_op`` as in :meth:`reduce_scatter_sum`.
+        """
         whole, shard = whole.view(-1), shard.view(-1)
         if self.world_size == 1:
             if whole.data_ptr() != shard.data_ptr():
                 whole.copy_(shard)
-        elif hasattr(dist, "all_gather_single"):
-            dist.all_gather_single(whole, shard, group=self.group)
-        else:
-            dist.all_gather_into_tensor(whole, shard, group=self.group)
+            return None
+        if hasattr(dist, "all_gather_single"):
+            return dist.all_gather_single(whole, shard, group=self.group, async_op=async_op)
+        return dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=async_op)
 
     def require_same(self, what: str, items: list[Any], device: torch.device) -> None:
         """Raise the same ``ValueError`` on every rank if ``items`` differ between ranks.
 
         The error names the first item that differs. Only a digest travels when all is well.
         """
-        if self.world_size == 1:
+        axes = [(self.replicas, self.across), (self.world_size, self.group)]
+        digest = list(hashlib.sha256(repr(items).encode()).digest())
+        same = True
+        for size, group in axes:
+            if size > 1:
+                # A difference on the first axis reaches all ranks by the second: its flag travels.
+                mine = torch.tensor([*digest, same], dtype=torch.uint8, device=device)
+                everyone = [torch.empty_like(mine) for _ in range(size)]
+                dist.all_gather(everyone, mine, group=group)
+                same = same and all(torch.equal(mine, other) for other in everyone)
+        if same:
             return
-        digest = hashlib.sha256(repr(items).encode()).digest()
-        mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
-        everyone = torch.empty(self.world_size * len(digest), dtype=torch.uint8, device=device)
-        self.all_gather(everyone, mine)
-        if bool((everyone.view(self.world_size, -1) == mine).all(dim=1).all()):
-            # Every rank takes this branch or none does: equality with all is symmetric.
-            return
-        theirs: list[list[Any]] = [[] for _ in range(self.world_size)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dist.all_gather_object(theirs, items, group=self.group)
+        theirs = [items]
+        for size, group in reversed(axes):  # ends in the order of the ranks
+            if size > 1:
+                found: list[list[Any]] = [[] for _ in range(size)]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    dist.all_gather_object(found, theirs, group=group)
+                theirs = [one for several in found for one in several]
         raise ValueError(f"{what} differ between ranks: {_first_difference(theirs)}")
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's ``item``, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [item]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, item, group=self.group)
+        return found
+
+
+#: (the default group, a second one of the same ranks)
+_host_group: tuple[ProcessGroup | None, ProcessGroup] | None = None
+
+
+def host_comm(group: ProcessGroup | None = None) -> Comm:
+    """``group``, or all ranks through a gloo group apart: for host data, from any thread.
+
+    Two threads must not use one group, or the ranks would pair up different operations. The group
+    apart is made at the first call, by all ranks; only they can make one, so for other sets of
+    ranks the caller does.
+    """
+    global _host_group
+    if group is not None or not (dist.is_available() and dist.is_initialized()):
+        return Comm(group)
+    if _host_group is None or _host_group[0] is not dist.group.WORLD:
+        _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return Comm(_host_group[1])
+
+
+def _is_nccl(group: ProcessGroup) -> bool:
+    """Whether tensors on a GPU travel through NCCL."""
+    try:
+        return str(group._get_backend(torch.device("cuda")).name()) == "nccl"
+    except RuntimeError:
+        return False  # no backend for GPUs
 
 
 def _first_difference(theirs: list[list[Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,32 +97,15 @@ def _adamw(params: list[Tensor], _: float | None) -> Any:
     return torch.optim.AdamW(params, LR, BETAS, EPS, WEIGHT_DECAY, fused=True)
 
 
-def _timm(params: list[Tensor], max_grad_norm: float | None) -> Any:
-    from timm.optim import Lamb as TimmLamb
+def peer(module: str, name: str, **more: Any) -> Callable[[list[Tensor], float | None], Any]:
+    """Makes the LAMB class ``name`` of ``module`` with the options that all contenders share."""
 
-    return TimmLamb(
-        params,
-        LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=max_grad_norm,
-        always_adapt=True,
-    )
+    def make(params: list[Tensor], max_grad_norm: float | None) -> Any:
+        cls = getattr(importlib.import_module(module), name)
+        common = {"betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+        return cls(params, LR, **common, max_grad_norm=max_grad_norm, **more)
 
-
-def _apex(params: list[Tensor], max_grad_norm: float | None) -> Any:
-    from apex.optimizers import FusedLAMB
-
-    return FusedLAMB(
-        params,
-        LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=max_grad_norm,
-        use_nvlamb=True,
-    )
+    return make
 
 
 FLOAT32 = (torch.float32,)
@@ -136,12 +120,17 @@ CONTENDERS = (
         name="ShardedLamb triton", make=_ours(ShardedLamb, "triton"), only_cuda=True, nbytes=48
     ),
     Contender(
-        name="timm Lamb", make=_timm, needs="timm", dtypes=FLOAT32, clips=(None, 1.0), nbytes=136
+        name="timm Lamb",
+        make=peer("timm.optim", "Lamb", always_adapt=True),
+        needs="timm",
+        dtypes=FLOAT32,
+        clips=(None, 1.0),
+        nbytes=136,
     ),
     # With max_grad_norm=0 or None apex clips to zero or fails: it always clips.
     Contender(
         name="apex FusedLAMB",
-        make=_apex,
+        make=peer("apex.optimizers", "FusedLAMB", use_nvlamb=True),
         needs="apex",
         only_cuda=True,
         dtypes=FLOAT32,

@@ -22,6 +22,17 @@ from .workloads import WORKLOADS, Shape, numel
 #: Largest |x - reference| / max|reference| after GATE_STEPS steps that still counts as LAMB.
 GATE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GATE_STEPS = 3
+#: header, column of the rows, format
+COLUMNS = (
+    ("contender", "contender", ""),
+    ("device ms", "device_ms", ".3f"),
+    ("p20", "device_ms_p20", ".3f"),
+    ("p80", "device_ms_p80", ".3f"),
+    ("host ms", "host_ms", ".3f"),
+    ("GB/s", "moved_gb_s", ".0f"),
+    ("B/param", "effective_bytes", ".1f"),
+    ("error", "error", ".0e"),
+)
 
 
 @dataclass
@@ -67,10 +78,27 @@ def main(args: argparse.Namespace) -> int:
                 title = {"workload": workload, "dtype": dtype_name, "clip": clip or "off"}
                 shapes = WORKLOADS[workload]()
                 new = [_row(title, shapes, run, bandwidth, dtype, clip) for run in runs]
-                results.print_table(title, new, skipped)
+                results.print_table(
+                    ", ".join(f"{key} {value}" for key, value in title.items())
+                    + f": {sum(map(numel, shapes)) / 1e6:.1f} M in {len(shapes)} tensors",
+                    COLUMNS,
+                    sorted(new, key=lambda row: float(row["device_ms"])),
+                    skipped,
+                )
                 rows += new
     if not args.no_save and rows:
-        results.save("step", args.device, rows)
+        common = results.common(args.device)
+        results.append(results.FOLDER / "step.csv", common, rows)
+        results.chart(
+            results.FOLDER / f"step_{args.device}.png",
+            f"{common['hardware']}, torch {common['torch']}",
+            rows,
+            facets=("workload", "dtype", "clip"),
+            value="device_ms",
+            ours=("Lamb", "Sharded"),
+            log=True,
+        )
+        print(f"appended {len(rows)} rows to {results.FOLDER / 'step.csv'}")
     for line in failed:
         print(line)
     return 1 if failed else 0

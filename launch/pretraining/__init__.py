@@ -7,9 +7,10 @@
 ``masking``           15 % masking as a pure function of (seed, epoch, sequence)
 ``batches``           global batches cut into ranks and micro-batches; resumable position
 ``model``             BERT whose head runs on the masked positions alone
-``engines``           how gradients and optimizer state are spread over ranks
-``ranks``             process group, device, threads
-``checkpoint``        save and resume
+``engines``           how gradients and optimizer state are spread over ranks: the registry
+``engine_<name>``     an engine; ``engine_base`` is what the training loop knows of one
+``ranks``             process group, device, threads, signals
+``checkpoint``        save and resume, at any number of ranks
 ``report``            progress bar, JSON lines, TensorBoard
 ``curves``            the picture at the end
 ====================  ==========================================================================

@@ -1,26 +1,26 @@
-"""Save and resume: one file, whole or absent.
+"""Save and resume a run, at any number of ranks.
 
 The random numbers of a step are seeded from (seed, step, rank) and the data position is a number
-of samples, so a resumed run repeats the uninterrupted one without any generator's state.
+of samples, so a resumed run repeats the uninterrupted one, and loses or repeats no sample, also
+with other ranks than before.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from dist_lamb import checkpoint
+from dist_lamb.checkpoint import Checkpoint, CheckpointError
 from pretraining.batches import TrainBatches
 from pretraining.config import ConfigError, PretrainConfig
-from pretraining.engines import Engine
-from pretraining.ranks import Ranks
+from pretraining.engine_base import Engine
 
-FILE_NAME = "checkpoint.pt"
-_FORMAT = 1
+FOLDER = "checkpoints"
 
 # Where the text lies, how the work is spread, and what is looked at: not what is computed.
 # The schedule follows train.steps, so a run can be made longer.
@@ -30,6 +30,7 @@ _MAY_CHANGE = frozenset(
         "data.cache_dir",
         "optim.engine",
         "optim.stage",
+        "optim.deepspeed",
         "train.steps",
         "train.micro_batch",
         "train.device",
@@ -37,6 +38,8 @@ _MAY_CHANGE = frozenset(
         "train.eval_every",
         "train.eval_sequences",
         "train.save_every",
+        "train.keep_checkpoints",
+        "train.save_async",
         "train.run_dir",
         "train.resume",
         "train.init_from",
@@ -46,106 +49,109 @@ _MAY_CHANGE = frozenset(
 
 
 def save(
-    path: Path,
     step: int,
     config: PretrainConfig,
     tokens: str,
     engine: Engine,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     batches: TrainBatches,
-    ranks: Ranks,
+    beside: bool = False,
 ) -> None:
-    """Write everything a run needs to go on after ``step``. All ranks call it; rank 0 writes.
+    """Write everything a run needs to go on after ``step``. All ranks call it.
 
     Args:
         tokens: digest of the token ids trained on.
-    """
-    optimizer = engine.optimizer_state_dict()
-    model = engine.model_state_dict()
-    if ranks.rank == 0:
-        content = {
-            "format": _FORMAT,
-            "step": step,
-            # As text: a tuple of a newer config must not need unpickling rules.
-            "config": json.dumps(config.as_dict()),
-            "tokens": tokens,
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": scheduler.state_dict(),
-            "batches": batches.state_dict(),
-        }
-        part = path.with_name(f".{path.name}.part")
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            # Renamed before the bytes are on disk, a power cut would leave an empty checkpoint.
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, tensors on the host.
+        beside: return as soon as a copy is made; the next call waits, and has its error.
 
     Raises:
-        ConfigError: no such file, or not a checkpoint of this program.
+        CheckpointError: on every rank, with the file that could not be written.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot read this checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ConfigError(f"{path}: not a checkpoint of this program (format {_FORMAT})")
-    return content
+    write = checkpoint.save_async if beside else checkpoint.save
+    engine.before_save()
+    model, optimizer = engine.checkpointed()
+    write(
+        config.run_dir / FOLDER,
+        step,
+        model,
+        optimizer,
+        stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
+        extra={
+            "config": json.loads(json.dumps(config.as_dict())),
+            "tokens": tokens,
+            "samples_seen": batches.position,
+            "tokens_seen": batches.position * config.data.seq_len,
+        },
+        keep=config.train.keep_checkpoints,
+    )
 
 
 def resume(
-    content: dict[str, Any],
+    path: Path,
     config: PretrainConfig,
     tokens: str,
     engine: Engine,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     batches: TrainBatches,
-) -> list[str]:
-    """Put a run back to where ``content`` was saved.
+) -> tuple[int, list[str]]:
+    """Put a run back to where the checkpoint ``path`` was saved. All ranks call it.
 
     Returns:
-        The settings that differ from those it was saved with, for the log.
+        The step, and for the log the settings that differ from those it was saved with.
 
     Raises:
-        ConfigError: settings or text with which it would not be the same run.
+        ConfigError: settings or text with which it would not be the same run, or a checkpoint
+            that is damaged.
     """
-    changed = _changes(json.loads(content["config"]), json.loads(json.dumps(config.as_dict())))
-    refused = [f"{name}: {change}" for name, change in changed.items() if name not in _MAY_CHANGE]
-    if refused:
-        raise ConfigError(
-            f"the checkpoint is of a run with other settings ({'; '.join(refused)}); "
-            "choose another train.run_dir, or train.resume=never to start over"
-        )
-    if content["tokens"] != tokens:
-        raise ConfigError(
-            "the checkpoint was trained on other tokens: data.path or a setting of [data] changed"
-        )
     try:
-        batches.load_state_dict(content["batches"])
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    engine.load_state_dicts(content["model"], content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    return [f"{name}: {change}" for name, change in changed.items()]
+        extra = Checkpoint(path).extra
+        if not isinstance(extra, dict) or not {"config", "tokens"} <= extra.keys():
+            raise ConfigError(f"{path}: not a checkpoint of this program")
+        changed = _changes(extra["config"], json.loads(json.dumps(config.as_dict())))
+        refused = [f"{name}: {text}" for name, text in changed.items() if name not in _MAY_CHANGE]
+        if refused:
+            raise ConfigError(
+                f"the checkpoint is of a run with other settings ({'; '.join(refused)}); "
+                "choose another train.run_dir, or train.resume=never to start over"
+            )
+        if extra["tokens"] != tokens:
+            raise ConfigError(
+                "the checkpoint was trained on other tokens: data.path or a setting of [data] "
+                "changed"
+            )
+        found = checkpoint.load(
+            path,
+            *engine.checkpointed(),
+            stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
+        )
+        engine.after_load()
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    # The lr of the next step is this run's: it may be longer than the one that was saved.
+    for group, base, factor in zip(
+        engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    return found.step, [f"{name}: {change}" for name, change in changed.items()]
 
 
 def _changes(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {
-        f"{section}.{key}": f"{saved[section].get(key)!r} -> {value!r}"
+        f"{section}.{key}": f"{saved.get(section, {}).get(key)!r} -> {value!r}"
         for section, values in own.items()
         for key, value in values.items()
-        if saved[section].get(key) != value
+        if saved.get(section, {}).get(key) != value
     }
 
 
-def initial_weights(path: Path) -> dict[str, Any]:
-    """The model's state dict of a checkpoint, to start another run from."""
-    model: dict[str, Any] = load(path)["model"]
-    return model
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Start ``model`` from the weights of a checkpoint, or of a run's latest. All ranks call it.
+
+    Raises:
+        ConfigError: no such checkpoint, a damaged one, or one of another model.
+    """
+    try:
+        # Either the run or its folder of checkpoints or one of them.
+        inside = path / FOLDER
+        checkpoint.load(inside if inside.is_dir() else path, model, rng=False)
+    except CheckpointError as error:
+        raise ConfigError(f"train.init_from: {error}") from error

@@ -122,8 +122,14 @@ class DataConfig(_Section):
 class OptimConfig(_Section):
     """``[optim]``: LAMB and the paper's schedule. lr and warm-up are those of ``base_batch``."""
 
-    engine: Literal["sharded"] = "sharded"
-    stage: Literal[1, 2] = 2
+    engine: Literal["sharded", "fsdp2", "ddp", "deepspeed"] = "sharded"
+    """``sharded``: ``dist_lamb.ShardedLamb``; ``fsdp2``, ``ddp``: torch's, with ``Lamb``;
+    ``deepspeed``: DeepSpeed's, with ``DeepSpeedLamb``."""
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO's, of engines ``sharded`` (1, 2) and ``deepspeed``."""
+    deepspeed: str = ""
+    """DeepSpeed's JSON config, for engine deepspeed; empty = ``configs/deepspeed_zero<stage>.json``
+    of this repository."""
     lr: Positive
     """At ``base_batch``; scaled by sqrt(train.global_batch / base_batch)."""
     base_batch: PositiveInt
@@ -142,10 +148,23 @@ class OptimConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine != "deepspeed" and self.stage not in (1, 2):
+            raise _FieldError("stage", f"must be 1 or 2 with engine {self.engine!r}")
+        if self.engine != "deepspeed" and self.deepspeed:
+            raise _FieldError("deepspeed", f"is not for engine {self.engine!r}")
         if (self.warmup_epochs is None) == (self.warmup_fraction is None):
             raise _FieldError(
                 "warmup_epochs", "or warmup_fraction must be given, and only one of the two"
             )
+
+    def lamb_options(self) -> dict[str, Any]:
+        """Options of dist_lamb's optimizers, but for the lr and for weight decay by group."""
+        return {
+            "betas": self.betas,
+            "eps": self.eps,
+            "max_grad_norm": self.max_grad_norm or None,
+            "adapt": self.adapt,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +185,17 @@ class TrainConfig(_Section):
     eval_sequences: PositiveInt = 512
     save_every: Count = 0
     """Steps between checkpoints besides the one at the end; 0 = only that one."""
+    keep_checkpoints: PositiveInt = 2
+    """Older ones are removed."""
+    save_async: bool = True
+    """Write checkpoints beside the training, from a copy in host memory."""
     run_dir: str = ""
     """Where everything is written; empty = ``runs/<name of the config file>``."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: continue from the checkpoint in ``run_dir`` if there is one."""
     init_from: str = ""
-    """A checkpoint whose weights start the run (BERT's second phase starts from its first)."""
+    """A run or one of its checkpoints, whose weights start this one (BERT's second phase starts
+    from its first)."""
     timeout_minutes: Positive = 30.0
     """A rank that waits longer than this for another one ends the run."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor
 from pretraining.config import ConfigError, TrainConfig
 
 T = TypeVar("T")
+#: A flag that is being agreed on, and what to wait for before reading it.
+Work: TypeAlias = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Ranks:
         # On the host's memory, so through gloo: dist.barrier() would ask the GPU.
         dist.all_reduce(torch.zeros(1))
 
+    def stopping(self, asked: bool) -> Work:
+        """Begin to find out whether any rank was ``asked`` to stop."""
+        flag = torch.tensor([float(asked)])
+        return flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+
     def from_first(self, value: T) -> T:
         """What rank 0 gave as ``value``, on every rank."""
         values = [value]
@@ -52,6 +60,52 @@ class Ranks:
         values: list[str | None] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return len(set(values)) == 1
+
+
+class StopRequest:
+    """Whether this process got SIGTERM (preemption, ``kill``) or SIGUSR1 (a warning before it).
+
+    As a context: the signals do nothing else meanwhile. torchrun passes SIGTERM on to every rank;
+    SIGUSR1 may be sent to any one of them.
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+
+    def __enter__(self) -> StopRequest:
+        self._before = {
+            number: signal.signal(number, self._asked)
+            for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+        return self
+
+    def _asked(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number).name
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def check_restarts(train: TrainConfig) -> str:
+    """What to tell the user of a job that torchrun restarts (``--max-restarts``); mostly nothing.
+
+    Raises:
+        ConfigError: every restart would start the run over.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) < 1:
+        return ""
+    if train.resume == "never":
+        raise ConfigError(
+            "train.resume = 'never' with torchrun --max-restarts: every restart would start over; "
+            "set train.resume=auto"
+        )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return (
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun: without it restarted "
+            "ranks may read the keys of those before them, and hang"
+        )
+    return ""
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class TrainRow:
     loss: float
     lr: float
     tokens_per_s: float
+    samples: int
+    """Training sequences up to and with this step: where the data goes on."""
     trust: Trust | None = None
     kind: ClassVar[str] = "train"
 

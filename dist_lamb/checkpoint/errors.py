@@ -1,0 +1,10 @@
+"""The one error of this package."""
+
+from __future__ import annotations
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or applied; names the file, param or option.
+
+    With several ranks it is raised on all of them alike.
+    """

@@ -1,0 +1,87 @@
+"""What a DeepSpeed config must say to take a DeepSpeedLamb, and to keep it exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def recommended_config(
+    stage: int,
+    *,
+    dtype: str = "bf16",
+    gradient_clipping: float = 1.0,
+    offload_optimizer: bool = False,
+) -> dict[str, Any]:
+    """The part of DeepSpeed's config that a DeepSpeedLamb wants; batch sizes are to be added.
+
+    Args:
+        stage: 0, 1, 2 or 3.
+        dtype: "fp32", "bf16", or "fp16" with dynamic loss scaling.
+        gradient_clipping: global norm, 0 for none; 1 is NVIDIA's recipe for LAMB.
+        offload_optimizer: keep state and masters in CPU memory, and step there.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"Invalid stage: {stage!r}; 0, 1, 2 or 3 expected")
+    if dtype not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"Invalid dtype: {dtype!r}; 'fp32', 'bf16' or 'fp16' expected")
+    zero: dict[str, Any] = {"stage": stage}
+    config: dict[str, Any] = {
+        "zero_optimization": zero,
+        # DeepSpeed's list of optimizers it knows has no other entry for a client's.
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": gradient_clipping,
+        # The sum over many ranks in bfloat16 would lose most of its 8 bits.
+        "communication_data_type": "fp32",
+    }
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    if offload_optimizer:
+        if not stage:
+            raise ValueError("DeepSpeed offloads the optimizer from stage 1 on")
+        zero["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def check_config(config: Mapping[str, Any]) -> list[str]:
+    """What in a DeepSpeed config (its JSON as a dict) is in a DeepSpeedLamb's way, in words."""
+    zero = config.get("zero_optimization", {})
+    stage, found = zero.get("stage", 0), []
+    if "optimizer" in config:
+        found.append(
+            "remove 'optimizer': DeepSpeed would make that one and not take the DeepSpeedLamb "
+            "(its own 'Lamb' is another rule, without ZeRO)"
+        )
+    if stage and not config.get("zero_allow_untested_optimizer"):
+        found.append("set zero_allow_untested_optimizer = true: DeepSpeed refuses it otherwise")
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        found.append("set zero_force_ds_cpu_optimizer = false: offloading demands its own Adam")
+    if offload == "nvme":
+        found.append(
+            "zero_optimization.offload_optimizer.device = nvme has not been tried: use cpu"
+        )
+    if zero.get("offload_optimizer", {}).get("ratio", 1.0) < 1:
+        found.append(
+            "remove zero_optimization.offload_optimizer.ratio: the part that is not offloaded "
+            "would be stepped by torch's AdamW"
+        )
+    half = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
+    for name in half:
+        for key in (f"{name}_master_weights_and_grads", f"{name}_optimizer_states"):
+            if config[name].get(key):
+                found.append(f"remove {name}.{key}: master weights and moments must be float32")
+    if "fp16" in half and not stage:
+        found.append(
+            "set zero_optimization.stage = 1 for fp16: at stage 0 deepspeed 0.19 divides gradients "
+            "by a loss scale that it has not multiplied the loss by, for any optimizer"
+        )
+    if half and config.get("communication_data_type") != "fp32":
+        found.append(
+            "set communication_data_type = 'fp32': gradients are summed over ranks in "
+            f"{half[0]} otherwise (slower to send, more exact)"
+        )
+    if not config.get("gradient_clipping"):
+        found.append("set gradient_clipping (1.0 in NVIDIA's recipe), or give max_grad_norm")
+    return found

@@ -1,0 +1,358 @@
+"""DeepSpeedLamb: the optimizer that DeepSpeed is given."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import options
+from ..base import Closure, LambBase, Options, ParamsT
+from ..sharding.comm import Comm
+from ..state import TENSOR_STATES
+from .layouts import Original, find_layouts, logical_shape
+from .units import OPTION_NAMES, Arrivals, Unit
+
+_BOTH_CLIP = (
+    "gradients are clipped twice: by DeepSpeed's gradient_clipping = {} and by max_grad_norm; "
+    "set one of them"
+)
+
+
+class DeepSpeedLamb(LambBase):
+    """:class:`dist_lamb.Lamb` for ``deepspeed.initialize(optimizer=...)``.
+
+    Takes the same arguments. It finds DeepSpeed's layout by itself at each ``step()``, and checks
+    it against the values of the model's params; there is nothing else to call, but for
+    ``max_grad_norm`` and names (:meth:`bind`). The config must allow it: see
+    :func:`recommended_config`.
+
+    A param without gradient on every rank is left alone, though DeepSpeed fills in zeros for it.
+    The state lies where DeepSpeed keeps it: ``state[t]`` of the tensors in its param groups has
+    ``exp_avg`` and ``exp_avg_sq`` like ``t`` and one ``step``; the params' own step counts are
+    ``param_groups[i]["param_steps"]``, float32 [params of the group].
+
+    Clip with DeepSpeed's ``gradient_clipping``, or with ``max_grad_norm``, not with both.
+
+    Raises:
+        UnknownLayout: from ``step()``, on every rank: tensors whose relation to the params is not
+            known, or tensor parallelism. RuntimeError: ``max_grad_norm`` that cannot be exact.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        **more: Unpack[Options],
+    ) -> None:
+        self._originals: list[Original] = []
+        #: by group, the first of its originals; and their end
+        self._starts = [0]
+        self._arrivals = Arrivals()
+        #: by group, options as last seen
+        self._options_of: dict[int, dict[str, Any]] = {}
+        self._engine: Any = None
+        self._units: dict[tuple[int, ...], list[Unit]] = {}
+        self._ratio_of: dict[int, tuple[Unit, int]] = {}
+        self._steps_taken: Tensor | None = None
+        #: the counters last put into each group: others there have been loaded
+        self._shown: dict[int, tuple[Tensor, Tensor]] = {}
+        super().__init__(params, lr, betas, eps, weight_decay, **more)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        i = len(self._starts) - 1
+        for name, p in zip(self._names_of(group), group["params"]):
+            original = Original(len(self._originals), name, p, i)
+            self._originals.append(original)
+            hook = self._arrivals.expect()
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(hook)
+        self._starts.append(len(self._originals))
+        # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
+        group["group_index"] = i
+        group["param_steps"] = torch.zeros(len(group["params"]))
+        self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+        self._steps_taken = None
+        self._units.clear()
+
+    def bind(self, engine: Any) -> DeepSpeedLamb:
+        """Tell the engine that ``deepspeed.initialize`` returned; returns the optimizer.
+
+        Needed for ``max_grad_norm``, whose norm is DeepSpeed's own: it steps one part of the model
+        after the other, and a part does not know the others' gradients. Also names params that
+        were given without names.
+
+        Raises:
+            ValueError: ``max_grad_norm`` and DeepSpeed's ``gradient_clipping`` together.
+        """
+        if engine.gradient_clipping() and any(map(options.clips, self.param_groups)):
+            raise ValueError(_BOTH_CLIP.format(engine.gradient_clipping()))
+        self._engine = engine
+        named = {id(p): name for name, p in engine.module.named_parameters()}
+        self._originals[:] = [
+            o._replace(name=named[id(o.param)])
+            if o.name == f"param_{o.number}" and id(o.param) in named
+            else o
+            for o in self._originals
+        ]
+        return self
+
+    # --- training --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update of what DeepSpeed put into the param groups; every rank must call it.
+
+        DeepSpeed calls this, once per step of the engine or once per group or sub-group.
+        """
+        loss = self._reevaluated(closure)
+        self._restore_groups()
+        groups = [group for group in self.param_groups if group["params"]]
+        units = self._find_units([(g["group_index"], g["params"]) for g in groups])
+        live = {group["group_index"]: group for group in groups}
+        if not units:
+            return loss
+        steps = self._load_steps(groups, units)
+        for unit in units:
+            unit.grad_scale = getattr(self, "grad_scale", None)
+            unit.found_inf = getattr(self, "found_inf", None)
+            unit.update(live, self.state, steps, self._arrivals, self._grad_norm(unit, live))
+            for k, o in enumerate(unit.originals):
+                self._ratio_of[o.number] = (unit, k)
+        self._show_steps(groups, units)
+        for i, group in live.items():
+            self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+        return loss
+
+    def _find_units(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[Unit]:
+        """What is stepped together: these tensors of these groups, by process group."""
+        holders = [t for _, tensors in held for t in tensors]
+        key = tuple(map(id, holders))
+        if key not in self._units:
+            layouts = []
+            for i, tensors in held:
+                candidates = self._originals[self._starts[i] : self._starts[i + 1]]
+                alone = self._stage_0_group()
+                layouts += find_layouts(tensors, candidates, self._originals, alone)
+            by_ranks: dict[int, list[int]] = {}
+            for j, layout in enumerate(layouts):
+                by_ranks.setdefault(id(layout.process_group), []).append(j)
+            self._units[key] = [
+                Unit(
+                    self,
+                    self._originals,
+                    self._options_of,
+                    [layouts[j] for j in chosen],
+                    [holders[j] for j in chosen],
+                )
+                for chosen in by_ranks.values()
+            ]
+        return self._units[key]
+
+    def _all_units(self) -> list[Unit]:
+        """For everything, not only what is in the groups at this moment."""
+        self._restore_groups()
+        units: list[Unit] = []
+        zero = next(
+            (o.param._z3_optimizer for o in self._originals if hasattr(o.param, "_z3_optimizer")),
+            None,
+        )
+        if zero is None:
+            held = [(group["group_index"], group["params"]) for group in self.param_groups]
+        else:
+            # Its groups are empty between steps.
+            group_of = {id(o.param): o.group for o in self._originals}
+            flats = zero.fp32_partitioned_groups_flat
+            held = [(group_of[id(ps[0])], [t]) for ps, t in zip(zero.fp16_groups, flats)]
+        for one in held:
+            units += self._find_units([one])
+        self._load_steps(self.param_groups, units)
+        return units
+
+    def _stage_0_group(self) -> Any:
+        """The data-parallel ranks, which DeepSpeed does not note on params at stage 0."""
+        groups = sys.modules.get("deepspeed.utils.groups")
+        if self._engine is not None:
+            return self._engine.seq_data_parallel_group
+        if groups is None or Comm().world_size == 1:
+            return None
+        return groups._get_sequence_data_parallel_group()
+
+    def _grad_norm(self, unit: Unit, live: Mapping[int, Mapping[str, Any]]) -> Any:
+        """The norm of all gradients as DeepSpeed computed it; None where the unit sees them all."""
+        if not any(options.clips(live[i]) for i in unit.group_indices):
+            return None
+        if not unit.layouts[0].cut:
+            return None
+        zero: Any = getattr(unit.originals[0].param, "_z3_optimizer", None)
+        if zero is not None and zero.clip_grad:
+            raise ValueError(_BOTH_CLIP.format(zero.clip_grad))
+        if self._engine is None:
+            raise RuntimeError(
+                "max_grad_norm under ZeRO needs optimizer.bind(engine) after "
+                "deepspeed.initialize; or set gradient_clipping in DeepSpeed's config instead"
+            )
+        norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
+        if norm is None:
+            raise RuntimeError(
+                "max_grad_norm needs the norm of all gradients, which DeepSpeed did not compute"
+            )
+        return norm
+
+    # --- step counters ---------------------------------------------------------------------------
+
+    def _restore_groups(self) -> None:
+        """Each group is what it was, whatever was loaded: another optimizer's groups have no number
+        here, and DeepSpeed's universal loader at ZeRO-3 gives all groups the options of the first,
+        so that a group of biases would start to decay."""
+        found = [group.get("group_index") for group in self.param_groups]
+        if None not in found and len(set(found)) == len(found):
+            return
+        # DeepSpeed drops groups without params.
+        filled = [i for i, (lo, hi) in enumerate(pairwise(self._starts)) if lo < hi]
+        mixed_up = False
+        for i, group in zip(filled, self.param_groups, strict=True):
+            if group.get("group_index", i) != i:
+                mixed_up = True
+                # A schedule goes on from the lr that was loaded.
+                group.update({**self._options_of[i], "lr": group["lr"]})
+                group.pop("param_steps", None)
+            group["group_index"] = i
+        if mixed_up:
+            lrs = {float(of["lr"]) for of in self._options_of.values()}
+            warnings.warn(
+                "DeepSpeed loaded the options of the first param group into all of them; they have "
+                "their own back"
+                + (", but for lr: set it again, the groups differed in it" if len(lrs) > 1 else ""),
+                stacklevel=3,
+            )
+
+    def _load_steps(self, groups: Sequence[dict[str, Any]], units: Sequence[Unit]) -> Tensor:
+        """float32 [originals], the params' step counts; taken over from what was loaded."""
+        device = units[0].device
+        if self._steps_taken is None or self._steps_taken.device != device:
+            self._steps_taken = torch.zeros(len(self._originals), device=device)
+            self._shown = {}
+        for group in groups:
+            i = group["group_index"]
+            shown = self._shown.get(i, (None, None))
+            saved = group.get("param_steps")
+            if saved is shown[0] and group.get("step") is shown[1] and saved is not None:
+                continue
+            lo, hi = self._starts[i : i + 2]
+            counts = self._steps_taken[lo:hi]
+            if saved is not shown[0] and torch.is_tensor(saved) and saved.shape == counts.shape:
+                counts.copy_(saved)
+            else:
+                # A plain optimizer's state dict, or DeepSpeed's elastic and universal checkpoints,
+                # which have one step for all.
+                for layout, holder in (pair for unit in units for pair in unit.held(i)):
+                    if "step" in self.state.get(holder, ()):
+                        of = slice(None) if layout.cut else layout.originals[0] - lo
+                        counts[of] = float(self.state[holder]["step"])
+            group["param_steps"], group["step"] = counts, counts.new_zeros(())
+            self._shown[i] = (counts, group["step"])
+            for layout, holder in (pair for unit in units for pair in unit.held(i)):
+                if not layout.cut:
+                    self.state[holder]["step"] = counts[layout.originals[0] - lo]
+        return self._steps_taken
+
+    def _show_steps(self, groups: Sequence[dict[str, Any]], units: Sequence[Unit]) -> None:
+        """One step for a whole partition, as DeepSpeed's checkpoints know it: the largest."""
+        for group in groups:
+            group["step"].copy_(group["param_steps"].amax())
+            for layout, holder in (p for unit in units for p in unit.held(group["group_index"])):
+                if layout.cut:
+                    # A tensor of its own: DeepSpeed's loaders write into it.
+                    self.state[holder]["step"] = group["step"].clone()
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """{name: trust ratio of the last step, a float32 0-d tensor}, the same on every rank.
+
+        NaN for a param that took no part in the last step, as one that no rank had a gradient for.
+        """
+        nothing = torch.tensor(torch.nan)
+        found = {}
+        for o in self._originals:
+            unit, k = self._ratio_of.get(o.number, (None, 0))
+            found[o.name] = nothing if unit is None else unit.ratio(k)
+        return found
+
+    def full_optimizer_state_dict(self) -> dict[str, Any]:
+        """A torch.optim state dict with whole tensors on the CPU, on every rank; a collective.
+
+        It loads into a DeepSpeedLamb at any stage and number of ranks, and into the other
+        optimizers of this package.
+        """
+        units = self._all_units()
+        state: dict[int, dict[str, Any]] = {o.number: {} for o in self._originals}
+        for unit in units:
+            state |= unit.whole_state(self.state)
+            for o in unit.originals:
+                assert self._steps_taken is not None
+                state[o.number]["step"] = self._steps_taken[o.number].to("cpu", copy=True)
+        groups = []
+        for group in self.param_groups:
+            lo, hi = self._starts[group["group_index"] : group["group_index"] + 2]
+            kept = {name: group[name] for name in OPTION_NAMES}
+            names = [o.name for o in self._originals[lo:hi]]
+            groups.append({**kept, "params": list(range(lo, hi)), "param_names": names})
+        return {"state": state, "param_groups": groups}
+
+    def load_full_optimizer_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load whole tensors into DeepSpeed's partitions; every rank must load the same.
+
+        Call it after ``deepspeed.initialize`` and after the model's values are in place. What is in
+        ``master`` of params in half precision replaces DeepSpeed's float32 values.
+
+        Raises ``ValueError`` naming what does not fit; nothing is changed then.
+        """
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        sizes = [hi - lo for lo, hi in pairwise(self._starts) if lo < hi]
+        if [len(group["params"]) for group in groups] != sizes:
+            raise ValueError(
+                f"loaded groups of {[len(g['params']) for g in groups]} params, this optimizer has "
+                f"groups of {sizes}"
+            )
+        for group in groups:
+            options.check_group({**self.defaults, **group})
+        ids = [i for group in groups for i in group["params"]]
+        whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
+        for o in self._originals:
+            for name in TENSOR_STATES:
+                value = whole[o.number].get(name)
+                if value is not None and tuple(value.shape) != tuple(logical_shape(o.param)):
+                    raise ValueError(
+                        f"loaded {name} of {o.name} has shape {tuple(value.shape)}, "
+                        f"the param has {tuple(logical_shape(o.param))}"
+                    )
+        units = self._all_units()
+        assert self._steps_taken is not None
+        for unit in units:
+            unit.load_whole_state(whole, self.state)
+        for number, entry in whole.items():
+            self._steps_taken[number] = float(entry.get("step", 0.0))
+        for group, loaded in zip(self.param_groups, groups):
+            group.update({name: loaded[name] for name in OPTION_NAMES if name in loaded})
+        self._show_steps(self.param_groups, units)
+
+    def _names_of(self, group: Mapping[str, Any]) -> list[str]:
+        names = super()._names_of(group)
+        if len(names) == len(group["params"]):
+            return names
+        return [f"a partition of {names[0] if names else 'nothing'}..."] * len(group["params"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a DeepSpeedLamb cannot be copied or pickled; save its state dict instead")

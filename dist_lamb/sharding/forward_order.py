@@ -1,0 +1,117 @@
+"""Which modules of a model run in forward, and hooks that do not outlive what they call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Hook:
+    """A hook on a module or a param that calls back into an optimizer, as long as that lives.
+
+    A copy or a pickle of the module is another module: its hooks do nothing.
+    """
+
+    def __init__(self, call: Callable[[Any, int], None] | None, index: int) -> None:
+        self._call = None if call is None else weakref.WeakMethod(call)
+        self._index = index
+
+    def __call__(self, owner: Any, *_: Any) -> None:
+        call = None if self._call is None else self._call()
+        if call is not None:
+            call(owner, self._index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (None, self._index)
+
+
+class ForwardOrder:
+    """Which modules of a model run in forward, so that each can wait for what it uses.
+
+    A module uses its own params, and those of modules below it that do not run themselves: their
+    parent reads them (``nn.MultiheadAttention`` does). Which ones run is learnt from a forward in
+    training, and anew when it changes; until then the first module to run waits for everything.
+    Evaluation always does: its fast paths run fewer modules.
+    """
+
+    def __init__(
+        self, model: nn.Module, wait: Callable[[int], None], synchronize: Callable[[], None]
+    ) -> None:
+        self._wait = weakref.WeakMethod(wait)
+        self._synchronize = weakref.WeakMethod(synchronize)
+        self._modules = list(model.modules())
+        index = {id(m): i for i, m in enumerate(self._modules)}
+        #: the trainable params of each module, by id
+        self.own = [
+            [id(p) for p in m.parameters(recurse=False) if p.requires_grad] for m in self._modules
+        ]
+        self._owners = {i for i, own in enumerate(self.own) if own}
+        self._parents: list[list[int]] = [[] for _ in self._modules]
+        for i, m in enumerate(self._modules):
+            for child in m.children():
+                self._parents[index[id(child)]].append(i)
+        self._ran: set[int] = set()
+        #: owners that ran, and what follows from it; None while every module is watched
+        self._known: tuple[set[int], dict[int, set[int]]] | None = None
+        self._handles: dict[int, Any] = {}
+        self._watch(range(len(self._modules)))
+        for i, m in enumerate(self._modules):
+            of: Any = m
+            of.register_state_dict_pre_hook(Hook(self._before_state_dict, i))
+            of.register_load_state_dict_pre_hook(Hook(self._before_state_dict, i))
+
+    def _watch(self, chosen: Iterable[int]) -> None:
+        """Have these modules report when they run, and no others: each costs the host some us."""
+        chosen = set(chosen)
+        for i in self._handles.keys() - chosen:
+            self._handles.pop(i).remove()
+        for i in chosen - self._handles.keys():
+            hook = Hook(self._before_forward, i)
+            self._handles[i] = self._modules[i].register_forward_pre_hook(hook)
+
+    def _before_forward(self, module: nn.Module, index: int) -> None:
+        if torch.compiler.is_compiling():
+            # Traced into a graph, this would wait once and never again. The compiler leaves a
+            # frame that raises to plain Python, where this is False.
+            raise RuntimeError("overlap_gather=True: a wait for params cannot be compiled")
+        if not (module.training and torch.is_grad_enabled()):
+            self._before_state_dict(module, index)
+            return
+        self._ran.add(index)
+        wait = self._wait()
+        if wait is not None:
+            wait(index)
+
+    def _before_state_dict(self, module: nn.Module, index: int) -> None:
+        synchronize = self._synchronize()
+        if synchronize is not None:
+            synchronize()
+
+    def needs(self, own: Sequence[set[int]]) -> dict[int, set[int]]:
+        """{module: the buckets it waits for} in the next forward, if it goes as the last one."""
+        ran, self._ran = self._ran, set()
+        if self._known is None:
+            found = {i: set(own[i]) for i in ran}
+            for i in self._owners - ran:
+                for ancestor in self._running_above(i, ran):
+                    found[ancestor] |= own[i]
+            self._known = (ran & self._owners, found)
+            # The first module that runs in evaluation must see that it is one.
+            self._watch(self._owners | {i for i, buckets in found.items() if buckets} | {0})
+        elif self._known[0] != ran & self._owners:
+            self._known = None
+            self._watch(range(len(self._modules)))
+            everything = set().union(*own)
+            return dict.fromkeys(range(len(self._modules)), everything)
+        return self._known[1]
+
+    def _running_above(self, i: int, ran: set[int]) -> set[int]:
+        """The nearest modules above i that run."""
+        found: set[int] = set()
+        for parent in self._parents[i]:
+            found |= {parent} if parent in ran else self._running_above(parent, ran)
+        return found

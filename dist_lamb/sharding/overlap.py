@@ -1,0 +1,437 @@
+"""Communication that hides behind computation.
+
+Gradients are reduced while backward goes on: a bucket travels as soon as the gradients of all its
+params have arrived. Params are gathered while the next forward goes on: a module waits for its own.
+Neither changes a bit of the result, whatever runs late: every rank issues the same collectives in
+the same order, and whoever needs one waits for it.
+
+On GPUs both run on a stream of their own; on CPU gloo's threads do the work.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, repeat
+from operator import attrgetter, is_not
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .buffers import FlatBuffers
+from .comm import Comm
+from .forward_order import ForwardOrder
+
+#: Whole-bucket buffers that gradients are sent from: one is filled while the other travels.
+STAGING_SLOTS = 2
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+class Side:
+    """Where communication runs beside the computation on ``device``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._given = _event()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What is launched within starts after all that the current stream has been given."""
+        if self.stream is None:
+            yield
+            return
+        self._given.record(self.current())
+        self.stream.wait_event(self._given)
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """What the current stream is given from now on starts after all that was launched here."""
+        if self.stream is not None:
+            self.current().wait_stream(self.stream)
+
+    def current(self) -> torch.cuda.Stream:
+        """The current stream."""
+        raw = self.raw_current()
+        if raw not in self._streams:
+            self._streams[raw] = torch.cuda.current_stream(self.device)
+        return self._streams[raw]
+
+    def raw_current(self) -> int:
+        """The current stream, as a number: a Stream object takes 10 us to make."""
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def wait_for(self, raw: int) -> None:
+        """The current stream waits for another one."""
+        other = (
+            torch.cuda.ExternalStream(raw, self.device)  # type: ignore[no-untyped-call]
+            if raw
+            else torch.cuda.default_stream(self.device)
+        )
+        self.current().wait_stream(other)
+
+
+#: A gradient, and its version then.
+_Seen: TypeAlias = tuple[weakref.ref[Tensor], int]
+
+
+_GRAD = attrgetter("grad")
+
+
+def _any(grads: list[Any]) -> bool:
+    """Whether there is one; a loop in C: hundreds are looked at in a step."""
+    return any(map(is_not, grads, repeat(None)))
+
+
+def _mark(grad: Any) -> _Seen | None:
+    """What tells a gradient from any other, and from itself once it has changed."""
+    return None if grad is None else (weakref.ref(grad), grad._version)
+
+
+@dataclass
+class _Reduction:
+    """A bucket on its way to the shards."""
+
+    bucket: int
+    out: Tensor  # receives the sum over the shard axis
+    work: Any
+
+
+class GradientReducer:
+    """Gradients -> this rank's shards of their mean over ranks: one reduce-scatter per bucket.
+
+    A *round* reduces every bucket once, in the order of the buckets on every rank, whatever order
+    gradients arrive in and whichever of them are missing: ranks that lack different gradients
+    must not pair up different buckets. It begins inside a backward and is closed at that
+    backward's end, or it is all done at :meth:`finish`. Where gradients are freed (stage 2), rounds
+    since the last step add up in the shards; where they are kept (``keep``, stage 1), they add up
+    in ``p.grad`` and the last round counts.
+    """
+
+    def __init__(self, buffers: FlatBuffers, comm: Comm, side: Side, keep: bool) -> None:
+        self._buffers = buffers
+        self._comm = comm
+        self._side = side
+        self._keep = keep
+        self._members = [b.params for b in buffers.layout.buckets]
+        self._bucketed = [j for members in self._members for j in members]
+        ends = list(accumulate(map(len, self._members), initial=0))
+        #: where a bucket's params are in _bucketed
+        self._positions = [range(*ends[b : b + 2]) for b in range(len(self._members))]
+        self._params: list[Any] = [buffers.params[j] for j in self._bucketed]
+        #: While True, gradients stay where they arrive.
+        self.paused = False
+        self._travelling: list[_Reduction | None] = [None] * STAGING_SLOTS
+        self._sent = [_event() for _ in range(STAGING_SLOTS if side.stream else 0)]
+        self._squares = torch.zeros(len(self._members), dtype=torch.float64, device=buffers.device)
+        self._handles: list[Any] = []
+        #: streams on which gradients arrive
+        self._streams: set[int] = set()
+        #: (param, backward) in the order of arrival, while every gradient is watched
+        self._arrivals: list[tuple[int, int]] | None = None
+        #: buckets that may leave before backward ends: not those with gradients that come in two
+        #: parts, as those of a param of two reentrant checkpoints do
+        self._early = [True] * len(self._members)
+        #: backwards that will tell when they end
+        self._tasks: set[int] = set()
+        #: whether clipping will ask for :meth:`grad_sq`, which then is ready when backward ends
+        self.squares_wanted = False
+        self.forget()
+
+    def forget(self) -> None:
+        """As after a step, which has used the gradients: the shards hold nothing."""
+        self._tasks.clear()
+        self._rounds = 0
+        self._held = [False] * len(self._members)
+        self._squared = [False] * len(self._members)
+        #: params that had a gradient on this rank
+        self.present: set[int] = set()
+        self._next = 0
+        #: by position in _bucketed: gradients that were there before this round, and that have
+        #: been reduced
+        self._old = self._seen()
+        self._reduced: list[_Seen | None] = [None] * len(self._bucketed)
+
+    def _seen(self) -> list[_Seen | None]:
+        """The gradients that there are."""
+        grads = list(map(_GRAD, self._params))
+        return list(map(_mark, grads)) if _any(grads) else grads
+
+    def _is_other(self, i: int, seen: list[_Seen | None]) -> bool:
+        """Whether there is a gradient that is not the one that was seen."""
+        grad, old = self._params[i].grad, seen[i]
+        if grad is None or old is None:
+            return grad is not None
+        same = old[0]() is grad
+        return not same or bool(old[1] != grad._version)
+
+    # --- inside backward -------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Reduce from now on inside backward. The first one shows which gradients to watch."""
+        self._hook(self._bucketed)
+        self._arrivals = []
+
+    def _hook(self, chosen: Iterable[int]) -> None:
+        """Have the gradients of these params reported: each report costs the host some us."""
+        for handle in self._handles:
+            handle.remove()
+        reducer = weakref.ref(self)  # a model must not keep the buffers of an optimizer alive
+
+        def hook_of(j: int) -> Callable[[Tensor], None]:
+            def hook(_: Tensor) -> None:
+                alive = reducer()
+                if alive is not None and not alive.paused:
+                    alive._arrived(j)
+
+            return hook
+
+        of: list[Any] = self._buffers.params
+        self._handles = [of[j].register_post_accumulate_grad_hook(hook_of(j)) for j in chosen]
+
+    def _arrived(self, j: int) -> None:
+        """The gradient of param j is complete, as far as this backward goes."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            # Have the round closed when the backward that is running ends.
+            self._tasks.add(task)
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._backward_ended, task))
+        if self._side.stream is not None:
+            stream = self._side.raw_current()
+            if self._arrivals is None and stream not in self._streams:
+                self.watch()  # there may be others
+            self._streams.add(stream)
+        if self._arrivals is not None:
+            self._arrivals.append((j, task))
+            return  # nothing leaves before it is known what arrives last
+        self._launch_complete()
+
+    def _launch_complete(self) -> None:
+        while self._next < len(self._members) and self._may_leave(self._next):
+            self._launch(self._next)
+            self._next += 1
+
+    def _may_leave(self, bucket: int) -> bool:
+        """Whether all gradients of a bucket have come in this round, and for good."""
+        return self._early[bucket] and all(
+            self._is_other(i, self._old) for i in self._positions[bucket]
+        )
+
+    def _backward_ended(self, task: int) -> None:
+        # A backward within a node of another one, as reentrant checkpoints start it: it goes on.
+        if torch._C._current_autograd_node() is not None:
+            return
+        self._tasks.clear()
+        self._close_round()
+        if self._arrivals:
+            order = {j: n for n, (j, _) in enumerate(self._arrivals)}
+            last = {max(m, key=lambda j: order.get(j, -1)) for m in self._members}
+            times = Counter(j for j, _ in self._arrivals)
+            self._early = [all(times[j] < 2 for j in members) for members in self._members]
+            # One that comes in the outermost backward: at its end the round is closed, on every
+            # rank, or ranks would differ in how many rounds there were.
+            last.add(max((j for j, t in self._arrivals if t == task), key=order.__getitem__))
+            self._hook(last)
+            self._arrivals = None
+
+    def resume(self) -> None:
+        """After a pause: the gradients that have come meanwhile are not of the next backward."""
+        self.paused = False
+        self._old = self._seen()
+
+    def _close_round(self) -> None:
+        for bucket in range(self._next, len(self._members)):
+            self._launch(bucket)
+        self._next = 0
+        for bucket in range(len(self._members)):
+            if any(self._is_other(i, self._reduced) for i in self._positions[bucket]):
+                self._launch(bucket)  # the other part of a gradient
+                self._early[bucket] = False
+        self._old = list(self._reduced)
+        self._rounds += 1
+
+    @torch.no_grad()
+    def _launch(self, bucket: int) -> None:
+        """Send a bucket's gradients on their way, in the staging buffer that is its turn's."""
+        slot, side = bucket % STAGING_SLOTS, self._side
+        self._land(slot)
+        elsewhere: set[int] = set()
+        if side.stream is not None:
+            elsewhere = self._streams - {side.raw_current()}
+            for other in elsewhere:
+                side.wait_for(other)
+            side.current().wait_event(self._sent[slot])
+        staged, present = self._buffers.stage(bucket, slot)
+        if self._keep:  # what was there before is there no more, or again
+            self.present.difference_update(self._members[bucket])
+        self.present.update(present)
+        for i in self._positions[bucket]:
+            grad, self._reduced[i] = self._params[i].grad, None
+            if grad is not None and self._keep:
+                self._reduced[i] = _mark(grad)
+            elif grad is not None:
+                if elsewhere:
+                    # Its memory would be given out again there while it is copied here.
+                    grad.record_stream(side.current())
+                self._params[i].grad = None
+        with side.entered():
+            shard = self._buffers.shards[bucket]
+            direct = staged.dtype == shard.grads.dtype and not self._adds(bucket)
+            out = shard.grads if direct else torch.empty_like(shard.grads, dtype=staged.dtype)
+            work = self._comm.reduce_scatter(out, staged, async_op=side.stream is None)
+            self._travelling[slot] = _Reduction(bucket, out, work)
+            if side.stream is not None:
+                self._land(slot)
+                self._sent[slot].record(side.stream)
+
+    def _adds(self, bucket: int) -> bool:
+        return self._held[bucket] and not self._keep
+
+    def _land(self, slot: int) -> None:
+        """Wait for what travels from a staging buffer, and add it to the shard."""
+        reduction = self._travelling[slot]
+        if reduction is None:
+            return
+        self._travelling[slot] = None
+        if reduction.work is not None:
+            reduction.work.wait()
+        bucket = reduction.bucket
+        grads = self._buffers.shards[bucket].grads
+        mean = self._comm.all_reduce_across(reduction.out).to(grads.dtype)
+        if not self._comm.averages(grads.device):
+            # Divided, not multiplied by 1/W: at 3 ranks a mean that is exact must come out exact.
+            mean.div_(self._comm.num_ranks)
+        if mean is not grads:
+            if self._adds(bucket):
+                grads.add_(mean)
+            else:
+                grads.copy_(mean)
+        self._held[bucket] = True
+        self._squared[bucket] = False
+        if self._side.stream is not None and self.squares_wanted:
+            self._square(bucket)
+
+    # --- at the step -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Every gradient that this rank has is in the shards, and the current stream may read."""
+        if not self._rounds or self._next or self._touched():
+            self._close_round()
+        self._land_all()
+
+    def _land_all(self) -> None:
+        """Wait for everything that travels, and let the current stream do so."""
+        for slot in range(STAGING_SLOTS):
+            self._land(slot)
+        self._side.join()
+
+    def _touched(self) -> bool:
+        """Whether gradients were set, changed or, where they are kept, dropped by hand since."""
+        if not self._keep:
+            return _any(list(map(_GRAD, self._params)))
+        dropped = any(p.grad is None and old for p, old in zip(self._params, self._reduced))
+        return dropped or any(self._is_other(i, self._reduced) for i in range(len(self._params)))
+
+    def grad_sq(self) -> Tensor:
+        """Sum of squares of the gradients of all this rank's shards, float64 0-d."""
+        for bucket, squared in enumerate(self._squared):
+            if not squared:
+                self._square(bucket)
+        return self._squares.sum()
+
+    def _square(self, bucket: int) -> None:
+        shard = self._buffers.shards[bucket]
+        (norm,) = torch._foreach_norm([shard.grads[: shard.tiles]], 2, dtype=torch.float64)
+        self._squares[bucket] = norm * norm
+        self._squared[bucket] = True
+
+    def discard(self) -> None:
+        """Drop what has been reduced since the last step: the gradients have been set to zero."""
+        if self._rounds or self._next:
+            self._land_all()
+        self.forget()
+
+
+class ParamGatherer:
+    """Updated shards -> whole params on every rank: one all-gather per bucket.
+
+    With a ``module`` they travel while its next forward goes on, in the order of first use.
+    """
+
+    def __init__(
+        self, buffers: FlatBuffers, comm: Comm, side: Side, order: ForwardOrder | None
+    ) -> None:
+        self._buffers = buffers
+        self._comm = comm
+        self._side = side
+        self._order = order
+        #: what forward still waits for, by bucket
+        self._pending: dict[int, Any] = {}
+        #: the buckets that each module waits for
+        self._needs: dict[int, set[int]] = {}
+        self._ready = [_event() for _ in (buffers.shards if side.stream else ())]
+        if order is not None:
+            position = {id(p): j for j, p in enumerate(buffers.params)}
+            bucket_of = {j: n for n, b in enumerate(buffers.layout.buckets) for j in b.params}
+            self._own = [
+                {bucket_of[position[i]] for i in own if position.get(i) in bucket_of}
+                for own in order.own
+            ]
+
+    def start(self) -> None:
+        """Send this rank's updated shards to all."""
+        self._needs = {} if self._order is None else self._order.needs(self._own)
+        buckets = range(len(self._buffers.shards))
+        if not set().union(*self._needs.values()) >= set(buckets):
+            self.gather()  # nobody would wait for some of them
+            return
+        on_cpu = self._side.stream is None
+        with self._side.entered():
+            # Params are used from the last bucket to the first.
+            for bucket in reversed(buckets):
+                work = self._send(bucket, async_op=on_cpu)
+                if not on_cpu:
+                    work = self._ready[bucket]
+                    work.record(self._side.stream)
+                self._pending[bucket] = work
+
+    def gather(self) -> None:
+        """The same, done when it returns."""
+        for bucket in range(len(self._buffers.shards)):
+            self._send(bucket, async_op=False)
+
+    def _send(self, bucket: int, async_op: bool) -> Any:
+        whole, shard = self._buffers.buckets[bucket], self._buffers.shards[bucket].params
+        return self._comm.all_gather(whole, shard, async_op=async_op)
+
+    def wait(self, module: int) -> None:
+        """Wait for the params that a module uses."""
+        if self._pending:
+            for bucket in sorted(self._needs.get(module, ()), reverse=True):
+                self._wait_for(bucket)
+
+    def synchronize(self) -> None:
+        """Wait for all params."""
+        for bucket in sorted(self._pending, reverse=True):
+            self._wait_for(bucket)
+
+    def _wait_for(self, bucket: int) -> None:
+        ready = self._pending.pop(bucket, None)
+        if isinstance(ready, torch.cuda.Event):
+            self._side.current().wait_event(ready)
+        elif ready is not None:
+            ready.wait()

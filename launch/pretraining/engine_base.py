@@ -1,0 +1,68 @@
+"""What the training loop knows of an engine, and what most engines have alike."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_lamb import Lamb, ShardedLamb
+
+
+class Engine(Protocol):
+    """A model and its optimizer on all ranks. Every method is called by every rank."""
+
+    model: nn.Module
+    """To be called as ``model(input_ids, positions, labels)``."""
+    optimizer: Optimizer
+    """What the lr schedule drives."""
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one micro-batch; ``last`` of its step or not."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, a scalar that is this rank's share of the global mean
+        times the number of ranks."""
+
+    def step(self) -> None:
+        """Update the parameters and clear the gradients."""
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """Trust ratio of each adapted parameter in the last step, by name; 0-d, on the device."""
+
+    def checkpointed(self) -> tuple[nn.Module, Lamb | ShardedLamb]:
+        """What ``dist_lamb.checkpoint`` saves, or loads into."""
+
+    def before_save(self) -> None:
+        """Bring :meth:`checkpointed` up to date."""
+
+    def after_load(self) -> None:
+        """Take over what was loaded into :meth:`checkpointed`."""
+
+
+class PlainEngine:
+    """An engine whose optimizer is dist_lamb's own and is stepped by hand."""
+
+    model: nn.Module
+    optimizer: Lamb | ShardedLamb
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        return self.optimizer.trust_ratios()
+
+    def checkpointed(self) -> tuple[nn.Module, Lamb | ShardedLamb]:
+        return self.model, self.optimizer
+
+    def before_save(self) -> None:
+        pass
+
+    def after_load(self) -> None:
+        pass

@@ -1,0 +1,87 @@
+"""launch/ with DeepSpeed: the engine of pretrain.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretraining.config import ConfigError, OptimConfig
+from pretraining.engine_deepspeed import read_config
+from pretraining.report import read_log
+from test_pretrain_run import (  # noqa: F401
+    ROOT,
+    _leave_no_process_group,
+    config,
+    run_here,
+    torchrun,
+)
+
+pytestmark = [
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.filterwarnings("ignore:Unable to enable fault handler"),
+]
+
+PRETRAIN = ROOT / "launch" / "pretrain.py"
+
+
+def losses(log: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in log if row["kind"] in ("train", "held_out")]
+
+
+def test_same_curve_as_sharded(config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """On 2 ranks at stage 2; and a run of engine sharded that goes on at stage 3."""
+    want = run_here(config, tmp_path / "sharded")
+    torchrun(PRETRAIN, config, tmp_path / "ds", "optim.engine=deepspeed")
+    got = read_log(tmp_path / "ds" / "log.jsonl")
+    assert len(got) == len(want)
+    assert losses(got) == pytest.approx(losses(want), abs=1e-3)
+    assert [row.get("trust") is None for row in got] == [row.get("trust") is None for row in want]
+
+    run_here(config, tmp_path / "half", "train.steps=6")
+    shutil.copytree(tmp_path / "half", tmp_path / "moved")
+    want = run_here(config, tmp_path / "half")
+    torchrun(PRETRAIN, config, tmp_path / "moved", "optim.engine=deepspeed", "optim.stage=3")
+    moved = read_log(tmp_path / "moved" / "log.jsonl")
+    assert len(moved) == len(want)
+    assert losses(moved) == pytest.approx(losses(want), abs=1e-3)
+
+
+def test_config_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+
+    def read(content: Any, **more: Any) -> dict[str, Any]:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        optim = {"engine": "deepspeed", "lr": 1e-3, "base_batch": 1, "warmup_fraction": 0.1}
+        return read_config(OptimConfig(**optim, deepspeed=str(path), **more))
+
+    zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    assert read(zero)["gradient_clipping"] == 1.0
+    for content, told in [
+        ("{", "is not JSON"),
+        ({"zero_optimization": {"stage": 3}}, "is for ZeRO stage 3, optim.stage is 2"),
+        (
+            zero | {"gradient_clipping": 0.5},
+            "has gradient_clipping 0.5, optim.max_grad_norm is 1.0",
+        ),
+        (zero | {"train_batch_size": 8}, "remove train_batch_size"),
+        ({"zero_optimization": {"stage": 2}}, "zero_allow_untested_optimizer"),
+        (zero | {"optimizer": {"type": "Lamb"}}, "remove 'optimizer'"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            read(content)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_config(
+            OptimConfig(
+                engine="deepspeed", deepspeed="no.json", lr=1e-3, base_batch=1, warmup_fraction=0.1
+            )
+        )
+    for stage in range(4):
+        optim = OptimConfig(
+            engine="deepspeed", stage=stage, lr=1e-3, base_batch=1, warmup_fraction=0.1
+        )
+        assert read_config(optim)["zero_optimization"]["stage"] == stage

@@ -1,0 +1,466 @@
+"""Communication inside backward and forward: it may run late, and nothing may show it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import each_world, run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.checkpoint import checkpoint
+
+from dist_lamb import Lamb, ShardedLamb, param_groups
+from dist_lamb.sharding.comm import Comm
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "max_grad_norm": 1.0, "bucket_numel": 2**11}
+STEPS = 3
+
+
+class Late:
+    """A collective that takes place only when somebody waits for it."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._run = run
+
+    def wait(self) -> None:
+        time.sleep(random.uniform(0, 2e-3))
+        self._run()
+
+
+@contextmanager
+def wrapped_collectives(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """``wrap`` around what moves gradients and params."""
+    originals = Comm.reduce_scatter, Comm.all_gather
+    Comm.reduce_scatter, Comm.all_gather = map(wrap, originals)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Comm.reduce_scatter, Comm.all_gather = originals  # type: ignore[method-assign]
+
+
+def late_collectives() -> AbstractContextManager[None]:
+    """Whoever reads a result without waiting for it reads what was there before."""
+
+    def wrap(original: Any) -> Any:
+        def late(self: Comm, out: Tensor, given: Tensor, async_op: bool = False) -> Any:
+            if async_op and self.world_size > 1:
+                return Late(lambda: original(self, out, given))
+            return original(self, out, given)
+
+        return late
+
+    return wrapped_collectives(wrap)
+
+
+class Net(nn.Module):
+    """Tied weights, a layer used twice, one that no rank uses, one that some ranks do, a layer
+    whose params its parent reads, and checkpoints."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 32)
+        # reads out_proj.weight; no biases: that of the key has a gradient of rounding noise alone
+        self.attend = nn.MultiheadAttention(32, 4, bias=False, batch_first=True)
+        self.twice = nn.Linear(32, 32)
+        self.sometimes = nn.Linear(32, 32)
+        self.never = nn.Linear(32, 7)
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.reentrant = reentrant
+
+    def block(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x, x, x, need_weights=False)[0]
+        return torch.tanh(self.twice(self.norm(x)))
+
+    def forward(self, ids: Tensor, sometimes: bool) -> Tensor:
+        x = self.embed(ids)
+        for _ in range(2):
+            if self.reentrant is None:
+                x = self.block(x)
+            else:
+                x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        if sometimes:
+            x = x + self.sometimes(x)
+        return self.head(x)
+
+
+def batch(t: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * t + rank)
+    return torch.randint(40, (4, 6), generator=generator)
+
+
+def loss_of(model: nn.Module, t: int, rank: int) -> Tensor:
+    ids = batch(t, rank).to(next(model.parameters()).device)
+    return nn.functional.cross_entropy(
+        model(ids, rank == 1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+
+
+def make_net(
+    dtype: torch.dtype = torch.float32, reentrant: bool | None = None, device: str = "cpu"
+) -> Net:
+    torch.manual_seed(0)
+    return Net(reentrant).to(device, dtype)
+
+
+def run(
+    rank: int,
+    group: Any,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **options: Any,
+) -> str:
+    model = make_net(dtype, device=device)
+    optimizer = ShardedLamb(param_groups(model), process_group=group, **{**OPTIONS, **options})
+    for t in range(STEPS):
+        loss_of(model, t, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    assert float(optimizer.state[model.never.weight]["step"]) == 0
+    return models.digest({n: p.detach() for n, p in model.named_parameters()})
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"overlap": overlap, "overlap_gather": gather, "stage": stage}
+    for stage in (1, 2)
+    for overlap in (False, True)
+    for gather in (False, True)
+]
+
+
+def _variants(rank: int, group: Any) -> dict[str, list[str]]:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = [run(rank, group, dtype, **variant) for variant in VARIANTS]
+        with late_collectives():
+            late = [run(rank, group, dtype, **variant) for variant in VARIANTS]
+        found[str(dtype)] = plain + late
+    return found
+
+
+def test_overlap_leaves_no_trace(tmp_path: Path) -> None:
+    """On or off, at stage 1 and 2, at once or late: the same bits on every rank."""
+    ranks = run_ranks(4, tmp_path, each_world, _variants)
+    for world in range(1, 5):
+        for dtype in ("torch.float32", "torch.bfloat16"):
+            digests = {d for rank in range(world) for d in ranks[rank][world][dtype]}
+            assert len(digests) == 1, (world, dtype)
+
+
+def _exact(rank: int, group: Any, **options: Any) -> str:
+    """Gradients by backward whose mean over ranks is exact: W must leave no trace."""
+    world = dist.get_world_size(group)
+    params = models.make_params()
+    options = {**OPTIONS, **options}
+    if "mesh" not in options:
+        options["process_group"] = group
+    optimizer = ShardedLamb(models.groups_of(params), **options)
+    for t in range(STEPS):
+        mean = models.mean_gradients(params, t, ("tile.weight",))
+        own = models.rank_gradients(mean, dist.get_rank(group), world, t)
+        sum((params[n] * g).sum() for n, g in own.items()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+    return models.digest(params)
+
+
+def _grid(rank: int, world: int) -> dict[str, Any]:
+    """2 x 2 ranks: replicas of two shards, beside four shards and the optimizer that has none."""
+    found: dict[str, Any] = {"flat": _exact(rank, None), "unsharded": None}
+    for name, shape in {"2x2": (2, 2), "4x1": (4, 1), "1x4": (1, 4)}.items():
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        for stage in (1, 2):
+            found[f"{name} {stage}"] = _exact(rank, None, mesh=mesh, stage=stage)
+        with late_collectives():
+            found[f"{name} late"] = _exact(rank, None, mesh=mesh)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = make_net()
+    groups = param_groups(model)
+    optimizer = ShardedLamb(groups, mesh=mesh, overlap_gather=True, **OPTIONS)
+    other_rank_is_wrong = models.make_params()
+    if rank == 2:
+        other_rank_is_wrong["one"] = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"rank 0 has one \(1,\).* rank 2 has one \(2,\)"):
+        ShardedLamb(models.groups_of(other_rank_is_wrong), mesh=mesh)
+    for t in range(2):
+        loss = loss_of(model, t, rank)
+        with CommDebugMode() as mode:
+            loss.backward()
+            optimizer.step()
+    found["counts"] = {str(op): n for op, n in mode.get_comm_counts().items()}
+    found["buckets"] = len(optimizer._buffers.layout.buckets)  # type: ignore[union-attr]
+    # an overflow that one rank alone has seen skips the step of both replicas
+    optimizer.synchronize()
+    before = models.digest({n: p.detach() for n, p in model.named_parameters()})
+    loss = loss_of(model, 5, rank) * (torch.inf if rank == 3 else 1.0)
+    loss.backward()
+    optimizer.grad_scale = torch.tensor(1.0)
+    optimizer.found_inf = torch.tensor(float(rank == 3))
+    optimizer.step()
+    optimizer.synchronize()
+    found["skipped"] = before == models.digest({n: p.detach() for n, p in model.named_parameters()})
+    return found
+
+
+def test_hierarchical_mesh(tmp_path: Path) -> None:
+    params = models.make_params()
+    whole = Lamb(models.groups_of(params), lr=0.05, max_grad_norm=1.0)
+    for t in range(STEPS):
+        for n, g in models.mean_gradients(params, t, ("tile.weight",)).items():
+            params[n].grad = g
+        whole.step()
+        whole.zero_grad()
+    expected = models.digest(params)
+    for found in run_ranks(4, tmp_path, _grid):
+        counts, buckets = found.pop("counts"), found.pop("buckets")
+        assert found.pop("skipped")
+        del found["unsharded"]
+        assert set(found.values()) == {expected}, found
+        assert buckets > 2
+        assert counts == {
+            "c10d._reduce_scatter_base_": buckets,
+            "c10d._allgather_base_": buckets,
+            # across replicas, one for each bucket; over shards, the clip's scalar and the norms
+            "c10d.allreduce_": buckets + 2,
+        }
+
+
+# --- every way in which gradients come about --------------------------------------------------
+
+
+def averaged(model: nn.Module, losses: Callable[[nn.Module], list[Tensor]], world: int) -> None:
+    """The params' gradients, averaged over ranks in the plainest way."""
+    for loss in losses(model):
+        loss.backward()
+    for p in model.parameters():
+        here = torch.tensor(float(p.grad is not None))
+        dist.all_reduce(here)
+        if here:
+            total = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            dist.all_reduce(total)
+            p.grad = total / world
+
+
+def expect(
+    rank: int,
+    world: int,
+    train: Callable[[ShardedLamb, nn.Module, int], None],
+    losses: Callable[[nn.Module, int], list[Tensor]],
+    *,
+    reentrant: bool | None = None,
+    **options: Any,
+) -> None:
+    """``train`` (forward and backward of a step) gives what Lamb gives on averaged gradients."""
+    plain = make_net(reentrant=reentrant)
+    shard_nothing = {k: v for k, v in OPTIONS.items() if k != "bucket_numel"}
+    reference = Lamb(param_groups(plain), **shard_nothing)
+    model = make_net(reentrant=reentrant)
+    optimizer = ShardedLamb(param_groups(model), **{**OPTIONS, **options})
+    for t in range(STEPS):
+        averaged(plain, lambda m, t=t: losses(m, t), world)
+        reference.step()
+        reference.zero_grad()
+        train(optimizer, model, t)
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _ways(rank: int, world: int) -> bool:
+    def one(model: nn.Module, t: int) -> list[Tensor]:
+        return [loss_of(model, t, rank)]
+
+    def two(model: nn.Module, t: int) -> list[Tensor]:
+        return [loss_of(model, t, rank) / 2, loss_of(model, t + 50, rank) / 2]
+
+    def once(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        loss_of(model, t, rank).backward()
+
+    def twice(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        for loss in two(model, t):
+            loss.backward()
+
+    def local(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        with optimizer.no_sync():
+            (loss_of(model, t, rank) / 2).backward()
+            if optimizer._buffers is not None and optimizer.accumulate == "local":
+                assert optimizer._reducer is not None
+                assert not optimizer._reducer._rounds
+        (loss_of(model, t + 50, rank) / 2).backward()
+
+    def local_last(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        (loss_of(model, t, rank) / 2).backward()
+        with optimizer.no_sync():
+            (loss_of(model, t + 50, rank) / 2).backward()
+
+    def by_hand(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        once(optimizer, model, t)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+
+    def skipped(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
+        (1e3 * loss_of(model, t, rank)).backward()
+        optimizer.zero_grad()
+        once(optimizer, model, t)
+
+    with late_collectives():
+        for stage in (1, 2):
+            kept: dict[str, Any] = {"stage": stage, "overlap_gather": True}
+            expect(rank, world, once, one, **kept)
+            expect(rank, world, twice, two, **kept)
+            expect(rank, world, local, two, **kept)
+            expect(rank, world, local_last, two, **kept)
+            expect(rank, world, skipped, one, **kept)
+            for reentrant in (False, True):
+                expect(rank, world, once, one, reentrant=reentrant, **kept)
+                expect(rank, world, twice, two, reentrant=reentrant, **kept)
+        for train in (local, twice):
+            expect(rank, world, train, two, accumulate="sharded", overlap_gather=True)
+        # stage 1 keeps p.grad: what is done to it after backward is reduced once more
+        expect(rank, world, by_hand, lambda m, t: [loss_of(m, t, rank) / 2], stage=1)
+    return True
+
+
+def test_every_way_to_make_gradients(tmp_path: Path) -> None:
+    """Unused params, params used twice, more backwards than steps, checkpoints, no_sync."""
+    assert run_ranks(3, tmp_path, _ways) == [True] * 3
+
+
+def _reading(rank: int, world: int) -> bool:
+    """Whoever reads params through the module, or after synchronize(), reads finished ones."""
+    with late_collectives():
+        model, twin = make_net(), make_net()
+        optimizer = ShardedLamb(param_groups(model), overlap_gather=True, **OPTIONS)
+        other = ShardedLamb(param_groups(twin), **OPTIONS)
+
+        def train(t: int) -> None:
+            for m, o in ((model, optimizer), (twin, other)):
+                loss_of(m, t, rank).backward()
+                o.step()
+                o.zero_grad()
+
+        train(0)
+        train(1)
+        assert optimizer._gatherer is not None
+        # it really is on its way, or the checks below see nothing
+        assert len(optimizer._gatherer._pending) > 2
+        expected = {n: p.detach().clone() for n, p in twin.named_parameters()}
+        stale = [not torch.equal(p, expected[n]) for n, p in model.named_parameters()]
+        assert any(stale)
+        assert models.digest(dict(model.state_dict())) == models.digest(dict(twin.state_dict()))
+        train(2)
+        model.twice.state_dict()
+        assert torch.equal(model.twice.weight, twin.twice.weight)
+        train(3)
+        model.eval()
+        twin.eval()
+        with torch.no_grad():
+            assert torch.equal(model(batch(9, 0), True), twin(batch(9, 0), True))
+        model.train()
+        twin.train()
+        train(4)
+        optimizer.synchronize()
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+        train(5)
+        zeros = {n: torch.zeros_like(t) for n, t in twin.state_dict().items()}
+        for m in (model, twin):
+            m.load_state_dict(zeros)  # must not be overwritten by what is on its way
+        optimizer.synchronize()
+        assert not any(bool(p.any()) for p in model.parameters())
+        train(6)
+        # a compiled forward breaks off to wait
+        train(7)
+        ids = batch(8, 0)
+        assert torch.equal(torch.compile(model, backend="eager")(ids, True), twin(ids, True))
+        whole, expected_whole = (o.full_optimizer_state_dict() for o in (optimizer, other))
+        for i, entry in whole["state"].items():
+            assert all(torch.equal(v, expected_whole["state"][i][k]) for k, v in entry.items())
+        # copies and pickles of the model are models of their own
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            loss_of(clone, 7, rank).backward()
+        optimizer.synchronize()
+        other.step()
+    return True
+
+
+def test_reading_params(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, _reading) == [True] * 2
+
+
+def _half(rank: int, world: int) -> dict[str, Any]:
+    """bfloat16 gradients that travel, and add up, in float32."""
+    found = {}
+    for name, options in {
+        "own": {},
+        "reduce_dtype": {"reduce_dtype": torch.float32},
+        "sharded": {"accumulate": "sharded"},
+    }.items():
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.ones(3000, dtype=torch.bfloat16))
+        optimizer = ShardedLamb([p], **options)
+        for t in range(2):
+            for k in range(4):
+                # 1 + 4 * 2^-9 has more bits than bfloat16; the gradients of each rank have not
+                with optimizer.no_sync():
+                    (p.sum() * (2.0**-9 if (k + rank) % 4 else 1.0)).backward()
+            p_sum = p.sum() * 0.0
+            p_sum.backward()
+            optimizer.step()
+            if t == 0:
+                first = optimizer._buffers.shards[0]  # type: ignore[union-attr]
+                found[name] = (str(first.grads.dtype), float(first.grads.view(-1)[0]))
+            optimizer.zero_grad()
+    return found
+
+
+def test_reduce_dtype(tmp_path: Path) -> None:
+    for found in run_ranks(2, tmp_path, _half):
+        assert found["own"][0] == "torch.bfloat16"
+        assert found["reduce_dtype"][0] == found["sharded"][0] == "torch.float32"
+
+
+def _refusals(rank: int, world: int) -> bool:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="overlap_gather=True needs the module"):
+        ShardedLamb(model.parameters(), overlap_gather=True)
+    for options in ({"stage": 1}, {"overlap": False}, {"reduce_gradients": False}):
+        with pytest.raises(ValueError, match="accumulate='sharded' needs stage=2"):
+            ShardedLamb(model, accumulate="sharded", **options)
+    with pytest.raises(ValueError, match="Invalid accumulate: 'global'"):
+        ShardedLamb(model, accumulate="global")
+    with pytest.raises(ValueError, match=r"Invalid reduce_dtype: torch\.int8"):
+        ShardedLamb(model, reduce_dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"rank 0 has overlap = True, rank 1 has overlap = False"):
+        ShardedLamb(model, overlap=rank == 0)
+    optimizer = ShardedLamb(model, overlap_gather=True)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.ones(2, 8)).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"stage=1 or overlap=False for loss scaling"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    return True
+
+
+def test_refusals(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, _refusals) == [True] * 2
