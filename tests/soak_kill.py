@@ -109,8 +109,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent is ``pid`` and that run the trainer."""
+def children(pid: int, program: str = "pretrain.py") -> list[int]:
+    """Processes whose parent is ``pid`` and that run ``program``."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -119,7 +119,7 @@ def children(pid: int) -> list[int]:
             line = (entry / "cmdline").read_bytes()
         except (OSError, IndexError):
             continue
-        if entry.name.isdigit() and int(parent) == pid and b"pretrain.py" in line:
+        if entry.name.isdigit() and int(parent) == pid and program.encode() in line:
             found.append(int(entry.name))
     return found
 
