@@ -21,9 +21,11 @@ note() {
     echo "${0##*/}: $*" >&2
 }
 
-# Version of the torch that $1, an interpreter, imports; empty if it has none.
+# Version of the torch that $1, an interpreter, imports; empty if it has none. As pip knows it, to
+# which torch.__version__ may add a "+cu130" that no registry has.
 torch_version() {
-    "$1" -c 'import torch; print(torch.__version__)' 2>/dev/null || true
+    "$1" -c 'import torch; from importlib.metadata import version; print(version("torch"))' \
+        2>/dev/null || true
 }
 
 # Whether dotted version $1 is at least $2; "2.13.0+cpu" counts as 2.13.
@@ -99,6 +101,8 @@ ready() {
     constraints=$directory/.dist_lamb-constraints
     # Without it, a dependency that asks for a newer torch would replace the one that is there.
     echo "torch==$version" >"$constraints"
+    # Triton 3.6, which comes with torch 2.11, has an interpreter that fails with newer ones.
+    at_least "$version" 2.12 || echo "numpy<2.4" >>"$constraints"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
         --constraint "$constraints" --editable "${ROOT}[$extra]" ||
         fail "dist_lamb[$extra] could not be installed into $directory"
