@@ -71,6 +71,16 @@ def _plain_unless_watched(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def count_here(counters: Tensor, i: int, state: dict[str, Any]) -> None:
+    """Go on counting from ``state["step"]``, which becomes a view of counter ``i``."""
+    step = state.get("step", 0)
+    here = counters.data_ptr() + i * counters.element_size()
+    if not isinstance(step, Tensor) or step.data_ptr() != here:
+        # Older or foreign state dicts hold plain numbers; offloading puts copies in its place.
+        counters[i] = torch.as_tensor(step, dtype=torch.float32)
+        state["step"] = counters[i]
+
+
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, per-param step counters, and one step."""
 
@@ -184,9 +194,7 @@ class LambBase(Optimizer):
             counters = torch.zeros(len(params), dtype=torch.float32, device=device)
             for i, p in enumerate(params):
                 if p.device == device and p in self.state and "step" in self.state[p]:
-                    # Older or foreign state dicts hold plain numbers.
-                    counters[i] = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
-                    self.state[p]["step"] = counters[i]
+                    count_here(counters, i, self.state[p])
             self._counters[device] = counters
         return self._counters[device]
 

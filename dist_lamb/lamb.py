@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .base import Closure, LambBase, Options, ParamsT
+from .base import Closure, LambBase, Options, ParamsT, count_here
 from .kernels import Block, RowMap, Work
 from .kernels.tables import Segment, Table, capturing, supports
 from .norms import DTensorNorms, Norms
@@ -164,14 +165,18 @@ class Lamb(LambBase):
                 "take a step before capturing step() in a CUDA graph: state that is made inside "
                 "of it would be made anew at every replay"
             )
-        if "step" not in state:
-            state["step"] = self._steps(p.device)[i].zero_()
+        count_here(self._steps(p.device), i, state)
         found = {name: local_of(state[name]) for name in TENSOR_STATES if name in state}
         local = dict(found)
         complete_state(x, x, local)
         for name, t in local.items():
             if t is not found.get(name):
                 state[name] = wrapped(t, p)
+            if t.device != x.device:  # a kernel would follow an address of the other device
+                raise RuntimeError(
+                    f"Lamb cannot step {self._all_names()[i]}: its state {name} is on {t.device}, "
+                    f"the param on {x.device}"
+                )
         m, v, master = local["exp_avg"], local["exp_avg_sq"], local.get("master")
         grad = None if p.grad is None else as_laid_out(local_of(placed_as(p.grad, p)), x)
         return (
@@ -250,6 +255,9 @@ class _Kind(NamedTuple):
 _GRAD = attrgetter("grad")
 _PARAMS = itemgetter("params")
 _DATA_PTR = Tensor.data_ptr
+#: State tensors whose addresses are looked at in every step. Whoever moves state behind the same
+#: tensor objects (``t.data = ...``, to the host and back) moves all of it.
+_WATCHED = 16
 
 
 class _Plan:
@@ -278,13 +286,15 @@ class _Plan:
             for k, p in enumerate(self._own)
             if is_dtensor(p)
         ]
-        self._addresses = list(map(_DATA_PTR, self._memory()))
         self._entries = list(state.values())
         entries = [state[p] for p in self._own]
         self._held = []
-        for name in TENSOR_STATES:
+        for name in ("step", *TENSOR_STATES):
             having = [entry for entry in entries if name in entry]
             self._held.append((itemgetter(name), having, [entry[name] for entry in having]))
+        large = [local_of(t) for _, _, held in self._held[1:] for t in held]
+        self._watched = large[:: math.ceil(len(large) / _WATCHED)]
+        self._addresses = list(map(_DATA_PTR, self._memory()))
         like = [p if s.grad is None else s.grad for s, p in zip(segments, self._memory())]
         self._kinds = [(g.dtype, g.stride()) for g in like]
         self._guard = _guard(like)
@@ -295,7 +305,7 @@ class _Plan:
         return (
             sum(map(len, params)) == len(self._params)
             and all(map(is_, chain.from_iterable(params), self._params))
-            # params whose memory was replaced: model.to(), a loader
+            # memory that was replaced: by model.to(), a loader, offloading
             and list(map(_DATA_PTR, self._memory())) == self._addresses
             # state that was dropped or replaced
             and len(state) == len(self._entries)
@@ -305,8 +315,8 @@ class _Plan:
         )
 
     def _memory(self) -> list[Tensor]:
-        """The params' local memory."""
-        memory = list(self._own)
+        """The params' local memory, and some of the state's."""
+        memory = self._own + self._watched
         for k, _ in self._sharded:
             memory[k] = local_of_param(memory[k])
         return memory

@@ -423,7 +423,7 @@ class ShardedLamb(LambBase):
             for j, value in self._buffers.gather_state(name, keep).items():
                 whole[self._buffers.indices[j]][name] = value
         for i in self._buffers.indices:
-            whole[i]["step"] = self.state[self._all_params()[i]]["step"].to("cpu", copy=True)
+            whole[i]["step"] = self._steps(self._all_params()[i].device)[i].to("cpu", copy=True)
         return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,6 +457,7 @@ class ShardedLamb(LambBase):
             return {}
         self.synchronize()
         (buffers, _), every = self._build(), self._all_params()
+        self._attach_state()  # what others have put into ``state`` must not be saved
         return {every[i]: buffers.piece(j) for j, i in enumerate(buffers.indices)}
 
     @torch.no_grad()

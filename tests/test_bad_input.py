@@ -262,6 +262,23 @@ def test_sparse_embedding() -> None:
     assert not opt.state
 
 
+@pytest.mark.parametrize("impl", ["reference", "foreach"])
+def test_state_on_another_device(impl: str) -> None:
+    """Moved away and not back."""
+    p = nn.Parameter(torch.ones(3))
+    opt = Lamb([("w", p)], impl=impl)
+    p.grad = torch.ones(3)
+    opt.step()
+    before = p.detach().clone()
+    opt.state[p]["exp_avg_sq"] = opt.state[p]["exp_avg_sq"].to("meta")
+    with pytest.raises(
+        RuntimeError,
+        match=r"^Lamb cannot step w: its state exp_avg_sq is on meta, the param on cpu$",
+    ):
+        opt.step()
+    assert torch.equal(p, before)
+
+
 def test_meta_params_cannot_be_stepped() -> None:
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))
     opt = Lamb([("here", p), ("nowhere", q)])

@@ -464,6 +464,25 @@ def test_dropping_state_starts_a_param_anew() -> None:
     assert same_bits(params["weight"], fresh)
 
 
+def test_state_that_was_moved_away_and_back(impl: str) -> None:
+    """As those do who need a GPU's memory for something else between two steps."""
+    params, undisturbed = make_params(torch.bfloat16), make_params(torch.bfloat16)
+    opts = [Lamb(p.values(), impl=impl, **OPTIONS) for p in (params, undisturbed)]
+    for opt, own in zip(opts, (params, undisturbed)):
+        train(opt, own, 2)
+    for entry in opts[0].state.values():
+        for name, value in entry.items():
+            entry[name] = value.to("cpu", copy=True)
+    for opt, own in zip(opts, (params, undisturbed)):
+        train(opt, own, 2, 2)
+    assert_same(everything(opts[0]), everything(opts[1]))
+    assert opts[0].state[params["weight"]]["step"] == 4
+    opts[0].state[params["weight"]]["step"] = torch.tensor(1.0)
+    train(opts[0], params, 1, 4)
+    assert opts[0].state[params["weight"]]["step"] == 2
+    assert opts[0].state[params["conv"]]["step"] == 5
+
+
 # --- groups and options --------------------------------------------------------------------------
 
 

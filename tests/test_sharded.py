@@ -314,8 +314,11 @@ def _state_moves(rank: int, world: int) -> None:
             same.load_state_dict(whole)
             train(same, straight, rank, world, range(3, 5))
             assert models.digest(copy) == models.digest(straight)
+        for entry in optimizer.state.values():  # as somebody does who moves it away and back
+            entry.update({name: value.clone() for name, value in entry.items()})
         train(optimizer, params, rank, world, range(3, 5))
         assert models.digest(params) == models.digest(straight)
+        assert models.digest(state_of(optimizer)) == models.digest(state_of(same))
         bad = {**whole, "state": {0: {**whole["state"][0], "exp_avg": torch.zeros(3)}}}
         with pytest.raises(ValueError, match=r"exp_avg of emb.weight has shape \(3,\)"):
             optimizer.load_state_dict(bad)

@@ -121,6 +121,22 @@ def _moment_replaced(optimizer: Any, params: list[Tensor]) -> None:
     optimizer.state[params[1]]["exp_avg_sq"] = torch.ones_like(params[1])
 
 
+def _step_count_replaced(optimizer: Any, params: list[Tensor]) -> None:
+    optimizer.state[params[0]]["step"] = torch.tensor(0.0)
+
+
+def _state_offloaded_and_back(optimizer: Any, params: list[Tensor]) -> None:
+    for entry in optimizer.state.values():
+        for name, value in entry.items():
+            entry[name] = value.to("cpu", copy=True)
+
+
+def _memory_of_state_replaced(optimizer: Any, params: list[Tensor]) -> None:
+    for entry in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            entry[name].data = entry[name].data.clone()
+
+
 def _state_loaded(optimizer: Any, params: list[Tensor]) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -148,6 +164,9 @@ EVENTS = (
     _state_dropped,
     _state_emptied,
     _moment_replaced,
+    _step_count_replaced,
+    _state_offloaded_and_back,
+    _memory_of_state_replaced,
     _state_loaded,
     _group_added,
     _options_changed,
