@@ -81,6 +81,11 @@ def count_here(counters: Tensor, i: int, state: dict[str, Any]) -> None:
         state["step"] = counters[i]
 
 
+def _copied(value: Any) -> Any:
+    """A copy; of a step count not of all that lie in one memory with it, as deepcopy makes it."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, per-param step counters, and one step."""
 
@@ -452,7 +457,7 @@ class LambBase(Optimizer):
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
             # gets to see none of them but the step, and of that a copy: it would keep the caller's.
             rest = {
-                key: {n: copy.deepcopy(v) for n, v in entry.items() if n not in TENSOR_STATES}
+                key: {n: _copied(v) for n, v in entry.items() if n not in TENSOR_STATES}
                 for key, entry in saved["state"].items()
             }
             return {**saved, "state": rest}
