@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import repeat
-from operator import attrgetter, is_not
+from itertools import chain, repeat
+from operator import attrgetter, is_not, itemgetter
 from typing import Any, Unpack
 
 import torch
@@ -303,13 +303,13 @@ class ShardedLamb(LambBase):
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
         loss = self._reevaluated(closure)
-        self._validate()
+        grads_left = self._validate()
         buffers, gatherer = self._build()
         self.synchronize()
         buffers.adopt_params()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
-        active, grad_sq = self._shard_gradients(buffers)
+        active, grad_sq = self._shard_gradients(buffers, grads_left)
         # 2-6. the update of the shard; norms over the ranks that share it out
         norms = FlatNorms(self._comm)
         self._update(buffers.works, {buffers.device: active}, norms, masked=True, grad_sq=grad_sq)
@@ -319,35 +319,45 @@ class ShardedLamb(LambBase):
         gatherer.start()
         return loss
 
-    def _shard_gradients(self, buffers: FlatBuffers) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """Which params have a gradient, bool [params], and what knows the sum of their squares."""
+    def _shard_gradients(
+        self, buffers: FlatBuffers, grads_left: bool
+    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """Which params have a gradient, bool [params], and what knows the sum of their squares.
+
+        ``grads_left``: backward has not taken all of them, or more were set by hand.
+        """
         reducer = self._reducer
         if reducer is None:
             active = buffers.active(buffers.take_gradients(), everywhere=True)
             grad_sq = None
         else:
             reducer.squares_wanted = any(map(options.clips, self.param_groups))
-            reducer.finish()
+            reducer.finish(grads_left)
             active = buffers.active(reducer.present, everywhere=False)
             grad_sq = reducer.grad_sq
-        if self.stage == 2:
+        if self.stage == 2 and grads_left:
             for p in buffers.params:
                 p.grad = None
         return active, grad_sq
 
-    def _validate(self) -> None:
-        """Refuse the step before the first collective: after it, other ranks would wait forever."""
+    def _validate(self) -> bool:
+        """Whether there are gradients in ``p.grad``, in order.
+
+        Refuses the step before the first collective: after it, other ranks would wait forever.
+        """
         # GradScaler adds up what it found in each p.grad: of none it makes a plain 0.
         if self._reducer is not None and isinstance(getattr(self, "found_inf", None), int):
             raise RuntimeError(
                 "GradScaler looks for overflows in p.grad, which stage=2 frees inside backward: "
                 "use ShardedLamb with stage=1 or overlap=False for loss scaling"
             )
-        params = self._all_params()
-        grads = list(map(attrgetter("grad"), params))
-        if not any(map(is_not, grads, repeat(None))):
-            return  # as always at stage 2, where backward has taken them
-        for i, (p, g) in enumerate(zip(params, grads)):
+        # A pass over all params, their memory out of the caches since backward, is what a step at
+        # stage 2 takes the host before the first launch: there should be no second one.
+        params = chain.from_iterable(map(itemgetter("params"), self.param_groups))
+        if not any(map(is_not, map(attrgetter("grad"), params), repeat(None))):
+            return False  # as always at stage 2, where backward has taken them
+        for i, p in enumerate(self._all_params()):
+            g = p.grad
             if g is None:
                 continue
             if g.layout != torch.strided:
@@ -359,6 +369,7 @@ class ShardedLamb(LambBase):
                     "becomes trainable"
                 )
                 raise RuntimeError(self._refusal(self._all_names()[i], why))
+        return True
 
     @staticmethod
     def _refusal(name: str, why: str) -> str:

@@ -327,9 +327,13 @@ class GradientReducer:
     # --- at the step -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Every gradient that this rank has is in the shards, and the current stream may read."""
-        if not self._rounds or self._next or self._touched():
+    def finish(self, grads_left: bool) -> None:
+        """Every gradient that this rank has is in the shards, and the current stream may read.
+
+        ``grads_left``: whether there are any in ``p.grad``.
+        """
+        touched = self._touched() if self._keep else grads_left
+        if touched or not self._rounds or self._next:
             self._close_round()
         self._land_all()
 
@@ -340,9 +344,7 @@ class GradientReducer:
         self._side.join()
 
     def _touched(self) -> bool:
-        """Whether gradients were set, changed or, where they are kept, dropped by hand since."""
-        if not self._keep:
-            return _any(list(map(_GRAD, self._params)))
+        """Whether gradients, which are kept, were set, changed or dropped by hand since."""
         dropped = any(p.grad is None and old for p, old in zip(self._params, self._reduced))
         return dropped or any(self._is_other(i, self._reduced) for i in range(len(self._params)))
 
