@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -92,8 +92,24 @@ class Lamb(LambBase):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, **more)
 
+    @property
+    def state(self) -> Any:
+        """``defaultdict``: {param: {"step", "exp_avg", "exp_avg_sq", and "master" in some}}.
+
+        To put other tensors there, ask for it anew: a step looks at all of them only when somebody
+        has asked since the last one, for it takes longer than the step of a small model.
+        """
+        self._state_seen = True
+        return self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
     def _forget_caches(self) -> None:
         super()._forget_caches()
+        #: whether somebody has had the state in hand since the last step
+        self._state_seen = True
         self._maps: dict[_Kind, tuple[list[int], RowMap]] = {}
         self._active: dict[torch.device, tuple[list[int], Tensor]] = {}
         self._plan: _Plan | None = None
@@ -106,8 +122,10 @@ class Lamb(LambBase):
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
         loss = self._reevaluated(closure)
-        if self._plan is not None and self._plan.fits(self.param_groups, self.state):
-            # every check was made when the plan was
+        state = self.__dict__["state"]
+        if self._plan is not None and self._plan.fits(self.param_groups, state, self._state_seen):
+            # every other check was made when the plan was
+            self._state_seen = False
             self._update_fused(self._plan.table, self._plan.norms, active=None)
             return loss
         params = self._all_params()
@@ -259,12 +277,15 @@ _DATA_PTR = Tensor.data_ptr
 #: tensor objects (``t.data = ...``, to the host and back) moves all of it.
 _WATCHED = 16
 
+#: (reads a state from an entry, the entries that have it, ids of the tensors there)
+_Held: TypeAlias = tuple[Callable[[Any], Tensor], list[dict[str, Tensor]], list[int]]
+
 
 class _Plan:
     """What a fused step found in order, and the quickest way to see that it still is.
 
     The table of addresses, and what it was made from. With a thousand small tensors the host is
-    what a step waits for, so every check is a loop in C: 0.5 us a tensor for all of them.
+    what a step waits for, so every check is a loop in C: 0.3 us a tensor for all of them.
     """
 
     def __init__(
@@ -288,44 +309,57 @@ class _Plan:
         ]
         self._entries = list(state.values())
         entries = [state[p] for p in self._own]
-        self._held = []
+        # Not the tensors: who moves state away wants their memory back. An id may come again, but
+        # hardly all of them for tensors that lie elsewhere.
+        self._held: list[_Held] = []
+        large = []
         for name in ("step", *TENSOR_STATES):
             having = [entry for entry in entries if name in entry]
-            self._held.append((itemgetter(name), having, [entry[name] for entry in having]))
-        large = [local_of(t) for _, _, held in self._held[1:] for t in held]
+            self._held.append((itemgetter(name), having, [id(entry[name]) for entry in having]))
+            large += [(entry, name) for entry in having if name in TENSOR_STATES]
         self._watched = large[:: math.ceil(len(large) / _WATCHED)]
         self._addresses = list(map(_DATA_PTR, self._memory()))
         like = [p if s.grad is None else s.grad for s, p in zip(segments, self._memory())]
         self._kinds = [(g.dtype, g.stride()) for g in like]
         self._guard = _guard(like)
 
-    def fits(self, groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether the table holds for this step too; it has the gradients' addresses then."""
+    def fits(
+        self,
+        groups: list[dict[str, Any]],
+        state: Mapping[Tensor, dict[str, Tensor]],
+        state_seen: bool,
+    ) -> bool:
+        """Whether the table holds for this step too; it has the gradients' addresses then.
+
+        ``state_seen``: somebody may have replaced any of the state.
+        """
         params = list(map(_PARAMS, groups))
-        return (
-            sum(map(len, params)) == len(self._params)
-            and all(map(is_, chain.from_iterable(params), self._params))
-            # memory that was replaced: by model.to(), a loader, offloading
-            and list(map(_DATA_PTR, self._memory())) == self._addresses
-            # state that was dropped or replaced
-            and len(state) == len(self._entries)
-            and all(map(is_, state.values(), self._entries))
-            and self._holds()
-            and self._takes_gradients()
-        )
+        try:
+            return (
+                sum(map(len, params)) == len(self._params)
+                and all(map(is_, chain.from_iterable(params), self._params))
+                and (not state_seen or self._knows(state))
+                # memory that was replaced: by model.to(), a loader, offloading
+                and list(map(_DATA_PTR, self._memory())) == self._addresses
+                and self._takes_gradients()
+            )
+        except KeyError:
+            return False  # state that was emptied
 
     def _memory(self) -> list[Tensor]:
         """The params' local memory, and some of the state's."""
-        memory = self._own + self._watched
+        memory = list(self._own)
         for k, _ in self._sharded:
             memory[k] = local_of_param(memory[k])
-        return memory
+        return memory + [local_of(entry[name]) for entry, name in self._watched]
 
-    def _holds(self) -> bool:
-        try:
-            return all(all(map(is_, map(get, have), held)) for get, have, held in self._held)
-        except KeyError:
-            return False  # emptied
+    def _knows(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether all state is what it was."""
+        return (
+            len(state) == len(self._entries)
+            and all(map(is_, state.values(), self._entries))
+            and all(list(map(id, map(get, have))) == ids for get, have, ids in self._held)
+        )
 
     def _takes_gradients(self) -> bool:
         if any(p.grad is not None for p in self._others):

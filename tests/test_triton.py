@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,12 @@ def _state_offloaded_and_back(optimizer: Any, params: list[Tensor]) -> None:
             entry[name] = value.to("cpu", copy=True)
 
 
+def _state_replaced_through_an_old_reference(optimizer: Any, params: list[Tensor]) -> None:
+    for entry in optimizer.__dict__["state"].values():  # optimizer.state would be noticed
+        for name, value in entry.items():
+            entry[name] = value.clone()
+
+
 def _memory_of_state_replaced(optimizer: Any, params: list[Tensor]) -> None:
     for entry in optimizer.state.values():
         for name in ("exp_avg", "exp_avg_sq"):
@@ -166,6 +173,7 @@ EVENTS = (
     _moment_replaced,
     _step_count_replaced,
     _state_offloaded_and_back,
+    _state_replaced_through_an_old_reference,
     _memory_of_state_replaced,
     _state_loaded,
     _group_added,
@@ -202,6 +210,30 @@ def test_whatever_happens_between_steps(
     """A table of addresses made at an earlier step must not be used where it no longer holds."""
     found = interpreted(_event_errors, event)
     assert max(found.values()) < 40, found
+
+
+def _planned_steps() -> None:
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 2))]
+    optimizer = Lamb(params, impl="triton")
+    plans, looked = [], []
+    for _ in range(4):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        plans.append(optimizer._plan)
+        looked.append(optimizer._state_seen)
+    assert plans[0] is not None
+    assert all(plan is plans[0] for plan in plans)
+    assert looked == [True, False, False, False]
+    away = [weakref.ref(t) for entry in optimizer.state.values() for t in entry.values()]
+    for entry in optimizer.state.values():
+        for name in entry:
+            entry[name] = entry[name].clone()
+    assert [ref() for ref in away] == [None] * 6
+
+
+def test_a_plan_is_kept_and_keeps_no_memory_of_state(interpreted: Callable[..., Any]) -> None:
+    interpreted(_planned_steps)
 
 
 def _dummy_step(cls: Any, options: dict[str, Any]) -> None:
