@@ -483,6 +483,25 @@ def test_state_that_was_moved_away_and_back(impl: str) -> None:
     assert opts[0].state[params["conv"]]["step"] == 5
 
 
+def test_the_number_of_threads_leaves_no_trace(impl: str) -> None:
+    """Of sums that are long enough to be shared out among threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(4)
+            params: Params = {
+                name: nn.Parameter(torch.randn(shape, generator=generator))
+                for name, shape in {"long": (300_001,), "wide": (50, 1000)}.items()
+            }
+            opt = Lamb(params.values(), impl=impl, max_grad_norm=1.0, **OPTIONS)
+            train(opt, params, 3)
+            found.append(everything(opt))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(*found)
+
+
 # --- groups and options --------------------------------------------------------------------------
 
 
