@@ -77,7 +77,8 @@ def count_here(counters: Tensor, i: int, state: dict[str, Any]) -> None:
     here = counters.data_ptr() + i * counters.element_size()
     if not isinstance(step, Tensor) or step.data_ptr() != here:
         # Older or foreign state dicts hold plain numbers; offloading puts copies in its place.
-        counters[i] = torch.as_tensor(step, dtype=torch.float32)
+        # (A number stays one: made a tensor of the host, it would be waited for by the device.)
+        counters[i] = step if isinstance(step, Tensor) else float(step)
         state["step"] = counters[i]
 
 
