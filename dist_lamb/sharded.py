@@ -65,10 +65,11 @@ class ShardedLamb(LambBase):
         bucket_numel: elements communicated at a time.
 
     Params move into flat buffers at the first step, ``p.data`` becoming views; frozen params stay
-    where they are. A param without a gradient on any rank is left alone; without one on some
+    where they are. (``torch.save`` of some of a module's tensors writes the buffers they lie in:
+    save clones of them.) A param without a gradient on any rank is left alone; without one on some
     ranks it counts as zero there; but between two steps every rank must run backward as often as
-    the others. ``state[p]`` holds this rank's pieces, with the same keys on
-    every rank; see :meth:`full_optimizer_state_dict` for whole tensors.
+    the others. ``state[p]`` shows this rank's pieces, with the same keys on every rank; tensors
+    put there in their place are not used. See :meth:`full_optimizer_state_dict` for whole tensors.
 
     Between backward and ``step()``, gradients are clipped by ``max_grad_norm`` alone: at stage 2
     there is no ``p.grad`` to change then, at stage 1 a changed one is reduced once more. To skip
