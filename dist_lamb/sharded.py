@@ -16,7 +16,7 @@ from .base import Closure, LambBase, Options, ParamsT
 from .norms import FlatNorms
 from .sharding.buffers import FlatBuffers, Piece, spec_of
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
-from .sharding.forward_order import ForwardOrder, Hook
+from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.layout import Layout
 from .sharding.overlap import GradientReducer, ParamGatherer, Side
 from .state import TENSOR_STATES
@@ -140,6 +140,9 @@ class ShardedLamb(LambBase):
         self._broadcast(self._all_params() + (list(module.buffers()) if module else []))
         if overlap_gather and module is not None:
             self._order = ForwardOrder(module, self._wait_for_module, self.synchronize)
+        if overlap and reduce_gradients and module is not None:
+            forward_hooked: Any = module
+            forward_hooked.register_forward_hook(OutputHook(self._note_output, 0))
         self._handles: list[Any] = []
         #: in the order of first arrival, for as long as there are no buffers
         self._used: dict[int, None] = {}
@@ -265,6 +268,11 @@ class ShardedLamb(LambBase):
     def _note_use(self, p: Tensor, i: int) -> None:
         """Before there are buffers: the order of first arrival tells the order of use."""
         self._used.setdefault(i)
+
+    def _note_output(self, output: Any) -> None:
+        """The module has run: a backward will come through what it returned."""
+        if self._reducer is not None and torch.is_grad_enabled():
+            self._reducer.expect_backward(output)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

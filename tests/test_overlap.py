@@ -345,6 +345,64 @@ def test_every_way_to_make_gradients(tmp_path: Path) -> None:
     assert run_ranks(3, tmp_path, _ways) == [True] * 3
 
 
+class Branches(nn.Module):
+    """Every forward uses half of the params."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+
+    def forward(self, x: Tensor, which: int) -> dict[str, Tensor]:
+        return {"out": torch.tanh(self.branches[which](x))}
+
+
+def _branches(rank: int, world: int) -> bool:
+    def backward(model: nn.Module, t: int, penalty: bool) -> None:
+        for micro_batch in range(2):
+            # From the third step on, rank 0 goes the other way round: the gradients that came last
+            # before come first there, and on the other ranks not.
+            which = (rank + micro_batch + (t > 1 and rank == 0)) % 2
+            x = torch.arange(10.0).view(2, 5).requires_grad_() / (10 + rank + t)
+            loss = model(x, which)["out"].square().sum()
+            if penalty:
+                (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+                loss = loss + of_x.square().sum()
+            loss.backward()
+
+    def trained(given: str, penalty: bool, **options: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model: nn.Module = Branches()
+        optimizer: Any
+        if given == "plain":
+            optimizer = Lamb(model.parameters(), lr=0.1)
+        else:
+            params = list(model.parameters()) if given == "list" else model
+            optimizer = ShardedLamb(params, lr=0.1, **options)
+        called: Any = model
+        if given == "compiled":
+            called = torch.compile(model, backend="eager", fullgraph=True)
+        for t in range(4):
+            backward(called, t, penalty)
+            if given == "plain":
+                averaged(model, lambda _: [], world)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    for penalty in (False, True):
+        want = trained("plain", penalty)
+        for options in ({"stage": 1}, {"stage": 2}, {"accumulate": "sharded"}):
+            for given in ("module", "list", *(() if penalty else ("compiled",))):
+                got = trained(given, penalty, **options)
+                torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    return True
+
+
+def test_ranks_that_take_different_branches(tmp_path: Path) -> None:
+    """As many backwards on every rank, but no gradient that comes in all of them."""
+    assert run_ranks(2, tmp_path, _branches) == [True] * 2
+
+
 def _reading(rank: int, world: int) -> bool:
     """Whoever reads params through the module, or after synchronize(), reads finished ones."""
     with late_collectives():

@@ -16,7 +16,7 @@ class Hook:
     A copy or a pickle of the module is another module: its hooks do nothing.
     """
 
-    def __init__(self, call: Callable[[Any, int], None] | None, index: int) -> None:
+    def __init__(self, call: Callable[..., None] | None, index: int) -> None:
         self._call = None if call is None else weakref.WeakMethod(call)
         self._index = index
 
@@ -27,6 +27,18 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self._index)
+
+
+class OutputHook(Hook):
+    """A forward hook on a module that calls back with what it returned; not in compiled code."""
+
+    def __call__(self, owner: Any, *rest: Any) -> None:
+        # First: what follows would break the graph of a compiled module.
+        if torch.compiler.is_compiling():
+            return
+        call: Any = None if self._call is None else self._call()
+        if call is not None:
+            call(rest[-1])
 
 
 class ForwardOrder:

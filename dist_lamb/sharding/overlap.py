@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, repeat
 from operator import attrgetter, is_not
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .buffers import FlatBuffers
 from .comm import Comm
@@ -139,13 +139,15 @@ class GradientReducer:
         self._handles: list[Any] = []
         #: streams on which gradients arrive
         self._streams: set[int] = set()
-        #: (param, backward) in the order of arrival, while every gradient is watched
-        self._arrivals: list[tuple[int, int]] | None = None
+        #: params in the order of arrival, while every gradient is watched
+        self._arrivals: list[int] | None = None
         #: buckets that may leave before backward ends: not those with gradients that come in two
         #: parts, as those of a param of two reentrant checkpoints do
         self._early = [True] * len(self._members)
         #: backwards that will tell when they end
         self._tasks: set[int] = set()
+        #: whether backwards tell by the module's output that they begin
+        self._told = False
         #: whether clipping will ask for :meth:`grad_sq`, which then is ready when backward ends
         self.squares_wanted = False
         self.forget()
@@ -188,34 +190,55 @@ class GradientReducer:
         """Have the gradients of these params reported: each report costs the host some us."""
         for handle in self._handles:
             handle.remove()
-        reducer = weakref.ref(self)  # a model must not keep the buffers of an optimizer alive
-
-        def hook_of(j: int) -> Callable[[Tensor], None]:
-            def hook(_: Tensor) -> None:
-                alive = reducer()
-                if alive is not None and not alive.paused:
-                    alive._arrived(j)
-
-            return hook
-
         of: list[Any] = self._buffers.params
-        self._handles = [of[j].register_post_accumulate_grad_hook(hook_of(j)) for j in chosen]
+        self._handles = [
+            of[j].register_post_accumulate_grad_hook(self._unless_paused("_arrived", j))
+            for j in chosen
+        ]
+
+    def _unless_paused(self, method: str, *args: Any) -> Callable[[Tensor], None]:
+        """A hook that calls a method, and does not keep the buffers of an optimizer alive."""
+        reducer = weakref.ref(self)
+
+        def hook(_: Tensor) -> None:
+            alive = reducer()
+            if alive is not None and not alive.paused:
+                getattr(alive, method)(*args)
+
+        return hook
+
+    def expect_backward(self, output: Any) -> None:
+        """Have the round closed at the end of every backward through what a module returned.
+
+        Whichever params it reaches on this rank: ranks may take different branches of a model.
+        """
+        hook = self._unless_paused("_told_of_backward")
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                t.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _told_of_backward(self) -> None:
+        self._told = True
+        self._began()
+
+    def _began(self) -> None:
+        """Have the round closed when the backward that is running ends."""
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            self._tasks.add(task)
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._backward_ended)
 
     def _arrived(self, j: int) -> None:
         """The gradient of param j is complete, as far as this backward goes."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._tasks:
-            # Have the round closed when the backward that is running ends.
-            self._tasks.add(task)
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(self._backward_ended, task))
+        self._began()
         if self._side.stream is not None:
             stream = self._side.raw_current()
             if self._arrivals is None and stream not in self._streams:
                 self.watch()  # there may be others
             self._streams.add(stream)
         if self._arrivals is not None:
-            self._arrivals.append((j, task))
+            self._arrivals.append(j)
             return  # nothing leaves before it is known what arrives last
         self._launch_complete()
 
@@ -230,21 +253,28 @@ class GradientReducer:
             self._is_other(i, self._old) for i in self._positions[bucket]
         )
 
-    def _backward_ended(self, task: int) -> None:
+    def _backward_ended(self) -> None:
         # A backward within a node of another one, as reentrant checkpoints start it: it goes on.
         if torch._C._current_autograd_node() is not None:
             return
         self._tasks.clear()
         self._close_round()
         if self._arrivals:
-            order = {j: n for n, (j, _) in enumerate(self._arrivals)}
+            order = {j: n for n, j in enumerate(self._arrivals)}
             last = {max(m, key=lambda j: order.get(j, -1)) for m in self._members}
-            times = Counter(j for j, _ in self._arrivals)
+            times = Counter(self._arrivals)
             self._early = [all(times[j] < 2 for j in members) for members in self._members]
-            # One that comes in the outermost backward: at its end the round is closed, on every
-            # rank, or ranks would differ in how many rounds there were.
-            last.add(max((j for j, t in self._arrivals if t == task), key=order.__getitem__))
             self._hook(last)
+            if not self._told:
+                # At the end of every backward a round is closed, on every rank, or ranks would
+                # differ in how many there were; and any param may be the only one it reaches.
+                of: list[Any] = self._buffers.params
+                hook = self._unless_paused("_began")
+                self._handles += [
+                    of[j].register_post_accumulate_grad_hook(hook)
+                    for j in self._bucketed
+                    if j not in last
+                ]
             self._arrivals = None
 
     def resume(self) -> None:
