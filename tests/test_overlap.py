@@ -403,6 +403,26 @@ def test_ranks_that_take_different_branches(tmp_path: Path) -> None:
     assert run_ranks(2, tmp_path, _branches) == [True] * 2
 
 
+def _own_modules(rank: int, world: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    # of several sizes: buckets that were paired up wrongly would not fit
+    model = nn.ModuleList([nn.Linear(n, n) for n in (40, 300, 40)])
+    optimizer = ShardedLamb(model, lr=0.1, bucket_numel=1024, overlap_gather=True)
+    for t in range(4):
+        chosen = [m for i, m in enumerate(model) if i != 1 or rank == 0 or t == 0]
+        torch.stack([m(torch.ones(2, m.in_features)).sum() for m in chosen]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_ranks_that_run_different_modules(tmp_path: Path) -> None:
+    """None of which is the whole model: on some ranks a module has nobody who waits for it."""
+    one, other = run_ranks(2, tmp_path, _own_modules)
+    assert all(map(torch.equal, one, other))
+
+
 def _reading(rank: int, world: int) -> bool:
     """Whoever reads params through the module, or after synchronize(), reads finished ones."""
     with late_collectives():

@@ -427,14 +427,12 @@ class ParamGatherer:
     def start(self) -> None:
         """Send this rank's updated shards to all."""
         self._needs = {} if self._order is None else self._order.needs(self._own)
-        buckets = range(len(self._buffers.shards))
-        if not set().union(*self._needs.values()) >= set(buckets):
+        if not set().union(*self._needs.values()) >= set(self._buckets()):
             self.gather()  # nobody would wait for some of them
             return
         on_cpu = self._side.stream is None
         with self._side.entered():
-            # Params are used from the last bucket to the first.
-            for bucket in reversed(buckets):
+            for bucket in self._buckets():
                 work = self._send(bucket, async_op=on_cpu)
                 if not on_cpu:
                     work = self._ready[bucket]
@@ -443,8 +441,13 @@ class ParamGatherer:
 
     def gather(self) -> None:
         """The same, done when it returns."""
-        for bucket in range(len(self._buffers.shards)):
+        for bucket in self._buckets():
             self._send(bucket, async_op=False)
+
+    def _buckets(self) -> Iterable[int]:
+        """In the order that they are sent in, which must be the same on every rank: one may gather
+        while the other, whose modules ran otherwise, starts. Params are used from the last on."""
+        return reversed(range(len(self._buffers.shards)))
 
     def _send(self, bucket: int, async_op: bool) -> Any:
         whole, shard = self._buffers.buckets[bucket], self._buffers.shards[bucket].params
