@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain, repeat
-from operator import attrgetter, is_not, itemgetter
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Unpack
 
 import torch
@@ -18,7 +18,7 @@ from .sharding.buffers import FlatBuffers, Piece, spec_of
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.layout import Layout
-from .sharding.overlap import GradientReducer, ParamGatherer, Side
+from .sharding.overlap import GradientReducer, ParamGatherer, Side, any_gradient
 from .state import TENSOR_STATES
 
 #: Elements per bucket, unless one param alone is larger.
@@ -362,8 +362,7 @@ class ShardedLamb(LambBase):
             )
         # A pass over all params, their memory out of the caches since backward, is what a step at
         # stage 2 takes the host before the first launch: there should be no second one.
-        params = chain.from_iterable(map(itemgetter("params"), self.param_groups))
-        if not any(map(is_not, map(attrgetter("grad"), params), repeat(None))):
+        if not any_gradient(chain.from_iterable(map(itemgetter("params"), self.param_groups))):
             return False  # as always at stage 2, where backward has taken them
         for i, p in enumerate(self._all_params()):
             g = p.grad

@@ -91,12 +91,18 @@ def write_config(folder: Path, steps: int) -> Path:
     return path
 
 
-def command(config: Path, run_dir: Path, ranks: int, max_restarts: int) -> list[str]:
+def command(
+    config: Path,
+    run_dir: Path,
+    ranks: int,
+    max_restarts: int = 0,
+    *overrides: str,
+    script: Path = ROOT / "launch" / "pretrain.py",
+) -> list[str]:
     return [
         *(sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)),
-        *(str(ROOT / "launch" / "pretrain.py"), str(config)),
-        *("--set", f"train.run_dir={run_dir}"),
+        *(str(script), str(config), "--set", f"train.run_dir={run_dir}", *overrides),
     ]
 
 

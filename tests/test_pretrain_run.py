@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -113,11 +112,7 @@ def torchrun(script: Path, config: Path, run_dir: Path, *overrides: str, ranks: 
     One that hangs is tried once more from where it began, and what every process was doing is in
     a warning: it happened once in CI, and never in 150 runs that were stopped and slowed at random.
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), str(script), str(config)),
-        *("--set", f"train.run_dir={run_dir}", *overrides),
-    ]
+    command = soak_kill.command(config, run_dir, ranks, 0, *overrides, script=script)
     with tempfile.TemporaryDirectory() as kept:
         if run_dir.exists():
             shutil.copytree(run_dir, kept, dirs_exist_ok=True)

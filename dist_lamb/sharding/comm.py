@@ -130,7 +130,7 @@ class Comm:
     def all_gather(self, whole: Tensor, shard: Tensor, async_op: bool = False) -> Any:
         """``whole`` [W * n] <- the ranks' ``shard`` [n], which may be a view into ``whole``.
 
-        ``async_op`` as in :meth:`reduce_scatter_sum`.
+        ``async_op`` as in :meth:`reduce_scatter`.
         """
         whole, shard = whole.view(-1), shard.view(-1)
         if self.world_size == 1:

@@ -21,9 +21,12 @@ class Hook:
         self._index = index
 
     def __call__(self, owner: Any, *_: Any) -> None:
+        self._give(owner, self._index)
+
+    def _give(self, *args: Any) -> None:
         call = None if self._call is None else self._call()
         if call is not None:
-            call(owner, self._index)
+            call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hook, (None, self._index)
@@ -33,12 +36,9 @@ class OutputHook(Hook):
     """A forward hook on a module that calls back with what it returned; not in compiled code."""
 
     def __call__(self, owner: Any, *rest: Any) -> None:
-        # First: what follows would break the graph of a compiled module.
-        if torch.compiler.is_compiling():
-            return
-        call: Any = None if self._call is None else self._call()
-        if call is not None:
-            call(rest[-1])
+        # What is called would break the graph of a compiled module.
+        if not torch.compiler.is_compiling():
+            self._give(rest[-1])
 
 
 class ForwardOrder:

@@ -87,12 +87,9 @@ class Side:
 _Seen: TypeAlias = tuple[weakref.ref[Tensor], int]
 
 
-_GRAD = attrgetter("grad")
-
-
-def _any(grads: list[Any]) -> bool:
-    """Whether there is one; a loop in C: hundreds are looked at in a step."""
-    return any(map(is_not, grads, repeat(None)))
+def any_gradient(params: Iterable[Any]) -> bool:
+    """Whether there is one in ``p.grad``; a loop in C: hundreds are looked at in a step."""
+    return any(map(is_not, map(attrgetter("grad"), params), repeat(None)))
 
 
 def _mark(grad: Any) -> _Seen | None:
@@ -168,8 +165,9 @@ class GradientReducer:
 
     def _seen(self) -> list[_Seen | None]:
         """The gradients that there are."""
-        grads = list(map(_GRAD, self._params))
-        return list(map(_mark, grads)) if _any(grads) else grads
+        if not any_gradient(self._params):
+            return [None] * len(self._params)
+        return [_mark(p.grad) for p in self._params]
 
     def _is_other(self, i: int, seen: list[_Seen | None]) -> bool:
         """Whether there is a gradient that is not the one that was seen."""
@@ -186,15 +184,15 @@ class GradientReducer:
         self._hook(self._bucketed)
         self._arrivals = []
 
-    def _hook(self, chosen: Iterable[int]) -> None:
-        """Have the gradients of these params reported: each report costs the host some us."""
+    def _hook(self, reported: Iterable[int], noticed: Iterable[int] = ()) -> None:
+        """Have the gradients of these params reported, each of which costs the host some us; of
+        others, only that a backward has come to them."""
         for handle in self._handles:
             handle.remove()
+        hooks = [(j, self._unless_paused("_arrived", j)) for j in reported]
+        hooks += [(j, self._unless_paused("_began")) for j in noticed]
         of: list[Any] = self._buffers.params
-        self._handles = [
-            of[j].register_post_accumulate_grad_hook(self._unless_paused("_arrived", j))
-            for j in chosen
-        ]
+        self._handles = [of[j].register_post_accumulate_grad_hook(hook) for j, hook in hooks]
 
     def _unless_paused(self, method: str, *args: Any) -> Callable[[Tensor], None]:
         """A hook that calls a method, and does not keep the buffers of an optimizer alive."""
@@ -264,17 +262,9 @@ class GradientReducer:
             last = {max(m, key=lambda j: order.get(j, -1)) for m in self._members}
             times = Counter(self._arrivals)
             self._early = [all(times[j] < 2 for j in members) for members in self._members]
-            self._hook(last)
-            if not self._told:
-                # At the end of every backward a round is closed, on every rank, or ranks would
-                # differ in how many there were; and any param may be the only one it reaches.
-                of: list[Any] = self._buffers.params
-                hook = self._unless_paused("_began")
-                self._handles += [
-                    of[j].register_post_accumulate_grad_hook(hook)
-                    for j in self._bucketed
-                    if j not in last
-                ]
+            # At the end of every backward a round is closed, on every rank, or ranks would differ
+            # in how many there were; and any param may be the only one it reaches.
+            self._hook(last, () if self._told else [j for j in self._bucketed if j not in last])
             self._arrivals = None
 
     def resume(self) -> None:
