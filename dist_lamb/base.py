@@ -221,16 +221,18 @@ class LambBase(Optimizer):
         norms: Norms,
         masked: bool,
         grad_sq: Callable[[], Tensor] | None = None,
+        before_apply: Callable[[], None] | None = None,
     ) -> None:
         """Phases 2-6 of a step (DESIGN: clip, moments, norms, trust ratio, apply) on local tensors.
 
         ``active`` are bool [params], per device; ``masked`` says that rows of inactive params are
         among the works too, with zero gradients. ``grad_sq()`` is the sum of squares of all local
-        gradients, where somebody has it already. Nothing here waits for a device.
+        gradients, where somebody has it already. ``before_apply()`` is work for the host while a
+        device is busy with the moments. Nothing here waits for a device.
         """
         table = self._table_of(works)
         if table is not None:
-            self._update_fused(table, norms, active[table.device], grad_sq)
+            self._update_fused(table, norms, active[table.device], grad_sq, before_apply)
             return
         backends = [kernels.select(self.impl, w.device, w.numel) for w in works]
         on = {d: [(w, k) for w, k in zip(works, backends) if w.device == d] for d in active}
@@ -268,6 +270,8 @@ class LambBase(Optimizer):
             # 4. over ranks: one all-reduce
             sums[device] = norms.per_param(local)
 
+        if before_apply is not None:
+            before_apply()
         for device, (h, c, t, taking_part) in coefficients.items():
             # 5. trust ratio
             x_sq, u_sq, updated = sums[device].unbind(1)
@@ -289,6 +293,7 @@ class LambBase(Optimizer):
         norms: Norms,
         active: Tensor | None,
         grad_sq: Callable[[], Tensor] | None = None,
+        before_apply: Callable[[], None] | None = None,
     ) -> None:
         """The same in one backend's own launches; ``active`` None: as the table's gradients say."""
         from .kernels import fused_triton
@@ -315,6 +320,7 @@ class LambBase(Optimizer):
             active=active,
             loss_scale=getattr(self, "grad_scale", None),
             found_inf=found_inf,
+            before_apply=before_apply,
         )
 
     def _table_of(self, works: Sequence[Work]) -> Table | None:

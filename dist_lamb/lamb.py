@@ -115,7 +115,6 @@ class Lamb(LambBase):
         self._plan: _Plan | None = None
         self._normed: tuple[list[Tensor], Norms] | None = None
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update of every param that has a gradient.
 
@@ -127,7 +126,12 @@ class Lamb(LambBase):
             # every other check was made when the plan was
             self._state_seen = False
             self._update_fused(self._plan.table, self._plan.norms, active=None)
-            return loss
+        else:
+            self._step_unplanned()
+        return loss
+
+    @torch.no_grad()  # entering takes a small model's step 2 us, and planned steps need it not
+    def _step_unplanned(self) -> None:
         params = self._all_params()
         stepped = [(i, p) for i, p in enumerate(params) if p.grad is not None]
         if stepped:
@@ -140,7 +144,6 @@ class Lamb(LambBase):
                 self._update(works, self._active_masks(stepped), norms, masked=False)
             for x, dense in gaps:
                 x.copy_(dense)
-        return loss
 
     def _step_planned(
         self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
@@ -348,10 +351,12 @@ class _Plan:
 
     def _memory(self) -> list[Tensor]:
         """The params' local memory, and some of the state's."""
-        memory = list(self._own)
-        for k, _ in self._sharded:
-            memory[k] = local_of_param(memory[k])
-        return memory + [local_of(entry[name]) for entry, name in self._watched]
+        memory = self._own + [entry[name] for entry, name in self._watched]
+        if self._sharded:
+            for k, _ in self._sharded:
+                memory[k] = local_of_param(memory[k])
+            memory[len(self._own) :] = map(local_of, memory[len(self._own) :])
+        return memory
 
     def _knows(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether all state is what it was."""

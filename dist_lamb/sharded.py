@@ -294,7 +294,7 @@ class ShardedLamb(LambBase):
         """As in torch.optim; gradients that have been reduced already are dropped too."""
         super().zero_grad(set_to_none)
         if self._reducer is not None:
-            self._reducer.discard()
+            self._reducer.discard(gone=set_to_none)
 
     def synchronize(self) -> None:
         """Wait for the params of the last step; on GPUs the current stream does, not the host."""
@@ -315,15 +315,24 @@ class ShardedLamb(LambBase):
         grads_left = self._validate()
         buffers, gatherer = self._build()
         self.synchronize()
-        buffers.adopt_params()
+        late = buffers.may_adopt_late()
+        if not late:
+            buffers.adopt_params()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
         active, grad_sq = self._shard_gradients(buffers, grads_left)
         # 2-6. the update of the shard; norms over the ranks that share it out
         norms = FlatNorms(self._comm)
-        self._update(buffers.works, {buffers.device: active}, norms, masked=True, grad_sq=grad_sq)
+        self._update(
+            buffers.works,
+            {buffers.device: active},
+            norms,
+            masked=True,
+            grad_sq=grad_sq,
+            before_apply=buffers.adopt_params if late else None,
+        )
         if self._reducer is not None:
-            self._reducer.forget()
+            self._reducer.forget(gone=self.stage == 2)
         # 7. params -> every rank
         gatherer.start()
         return loss

@@ -345,6 +345,40 @@ def test_every_way_to_make_gradients(tmp_path: Path) -> None:
     assert run_ranks(3, tmp_path, _ways) == [True] * 3
 
 
+def _failing(rank: int, world: int) -> bool:
+    """A gradient that is refused in the middle of a backward; then the run goes on without it."""
+
+    def trained(fails: tuple[int, ...]) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(32, 32) for _ in range(3)]
+        model = nn.Sequential(nn.Linear(32, 32), nn.Embedding(40, 32), *layers)
+        optimizer = ShardedLamb(model, bucket_numel=1024, lr=0.1)
+
+        def backward(t: int) -> None:
+            first, embed, *rest = model
+            embed.sparse = t in fails
+            x = embed(torch.arange(4)) + first(torch.ones(4, 32) * (rank + t))
+            for layer in rest:
+                x = torch.tanh(layer(x))
+            x.square().sum().backward()
+
+        for t in (0, 1, *fails, 4, 5):
+            if t in fails:
+                with pytest.raises(RuntimeError, match=r"1\.weight has a sparse gradient"):
+                    backward(t)
+            else:
+                backward(t)
+                optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    return all(map(torch.equal, trained((2, 3)), trained(())))
+
+
+def test_a_backward_that_fails(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, _failing) == [True] * 2
+
+
 class Branches(nn.Module):
     """Every forward uses half of the params."""
 
@@ -478,6 +512,73 @@ def _reading(rank: int, world: int) -> bool:
         optimizer.synchronize()
         other.step()
     return True
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.linear(x))) + x
+
+
+def _compiled(rank: int, world: int) -> bool:
+    """A compiled module waits for its params outside of its graph, which stays whole."""
+
+    def trained(how: str) -> tuple[list[Tensor], int]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(
+            nn.Linear(16, 16), *(Layer() for _ in range(4)), nn.Linear(16, 3)
+        )
+        graphs = []
+
+        def backend(graph: Any, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        how, _, what = how.partition(" ")
+        assert isinstance(model, nn.Sequential)
+        for i in range(1, 5):
+            if how == "compile()" and what == "layers":
+                model[i].compile(backend=backend, fullgraph=True)
+            elif how == "wrapped" and what == "layers":
+                model[i] = torch.compile(model[i], backend=backend, fullgraph=True)
+        if what == "model":
+            if how == "compile()":
+                model.compile(backend=backend, fullgraph=True)
+            else:
+                model = torch.compile(model, backend=backend, fullgraph=True)
+        optimizer = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
+        assert optimizer._order is not None
+        for t in range(6):
+            if t == 3 and how == "compile()" and what == "layers":
+                optimizer.synchronize()  # compile() forgets the hook
+                model[1].compile(backend=backend, fullgraph=True)
+            x = torch.ones(4, 16) * (rank + t + 1)
+            model(x).square().sum().backward()
+            optimizer.step()
+            assert optimizer._gatherer is not None
+            pending = len(optimizer._gatherer._pending)
+            if not (t == 3 and how == "compile()" and what == "layers"):
+                assert pending > 5, (how, what, t)
+            optimizer.zero_grad()
+        optimizer.synchronize()
+        copy.deepcopy(model)
+        return [p.detach() for p in model.parameters()], len(graphs)
+
+    plain, _ = trained("plain")
+    for how in ("compile() layers", "wrapped layers", "compile() model", "wrapped model"):
+        with late_collectives():
+            params, graphs = trained(how)
+        assert graphs == 1, (how, graphs)  # equal layers share one
+        torch.testing.assert_close(params, plain, rtol=0, atol=0)
+    return True
+
+
+def test_compiled_modules_wait_outside_of_their_graph(tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path, _compiled) == [True] * 2
 
 
 def test_reading_params(tmp_path: Path) -> None:

@@ -406,20 +406,27 @@ def _added_group(rank: int, world: int) -> None:
 
 def _replaced_memory(rank: int, world: int) -> None:
     """Somebody replaces p.data (loaders, .to()): values are taken over, other tensors refused."""
-    runs = []
-    for replace in (False, True):
-        params = models.make_params()
-        optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
-        for t in range(3):
-            if replace:
-                for p in params.values():
-                    p.data = p.data.clone()
-            train(optimizer, params, rank, world, range(t, t + 1))
-        runs.append(models.digest(params))
-    assert runs[0] == runs[1]
-    params["emb.weight"].data = params["emb.weight"].data.double()
-    with pytest.raises(RuntimeError, match=r"emb.weight was \(97, 64\) torch.float32 .*float64"):
-        optimizer.step()
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = []
+        # of all params, or of none that stands for others (FlatBuffers.may_adopt_late)
+        for replaced in ("none", "all", "some"):
+            params = models.make_params(dtype)
+            more = (torch.full((5,), i / 20, dtype=dtype) for i in range(20))
+            params |= {f"more{i}": torch.nn.Parameter(t) for i, t in enumerate(more)}
+            optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
+            for t in range(3):
+                for i, p in enumerate(params.values()):
+                    if replaced == "all" or (replaced == "some" and i == 1):
+                        p.data = p.data.clone()
+                if replaced == "some" and t:
+                    late = optimizer._buffers.may_adopt_late()  # type: ignore[union-attr]
+                    assert late == (dtype == torch.bfloat16)
+                train(optimizer, params, rank, world, range(t, t + 1))
+            runs.append(models.digest(params))
+        assert len(set(runs)) == 1
+        params["emb.weight"].data = params["emb.weight"].data.double()
+        with pytest.raises(RuntimeError, match=r"emb.weight was \(97, 64\) torch\.\w+ .*float64"):
+            optimizer.step()
 
 
 def _negative_zero_gradients(rank: int, world: int) -> None:

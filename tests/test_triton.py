@@ -366,3 +366,49 @@ def test_auto_on_a_gpu() -> None:
     assert kernels.fused("auto", [(gpu, single), (torch.device("cuda", 1), single)]) is None
     assert kernels.fused("auto", [(CPU, single)]) is None
     assert kernels.fused("foreach", [(gpu, single)]) is None
+
+
+# --- for GPUs that are not here ------------------------------------------------------------------
+
+
+def _compiled_for(arch: int, kind: int) -> dict[str, str]:
+    """PTX of the two large kernels, for gradients and copies of one kind."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dist_lamb.kernels import fused_triton, tables
+
+    types = {
+        "chunks": "*i32", "num_chunks": "i32", "segments": "*i64", "num_segments": "i32",
+        "groups": "*fp64", "counters": "*fp32", "partials": "*fp64", "steps": "*fp32",
+    }  # fmt: skip
+    found = {}
+    for kernel in (fused_triton._moments, fused_triton._apply):
+        names = kernel.arg_names
+        constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
+        constants |= {"KIND": kind, "BLOCK": tables.BLOCK}
+        source = ASTSource(
+            fn=kernel,
+            signature={n: types.get(n, "constexpr") for n in names},
+            constexprs={(names.index(n),): value for n, value in constants.items()},
+        )
+        options = {"num_warps": fused_triton.WARPS, "enable_fp_fusion": False}
+        target = GPUTarget("cuda", arch, 32)
+        found[kernel.__name__] = triton.compile(source, target=target, options=options).asm["ptx"]
+    return found
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
+    """The interpreter takes what the compiler refuses; and it knows nothing of accesses."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        for kind, tensors in {0: 4, 1: 3, 3: 4}.items():  # float32, bfloat16, mixed
+            ptx = pool.apply(_compiled_for, (arch, kind))
+            # x, m, v and a float32 gradient; without the copies, which are written
+            assert ptx["_moments"].count("ld.global.v4.b32") == tensors, kind
+            assert ptx["_moments"].count("st.global.v4.b32") == 2
+            assert ptx["_apply"].count("ld.global.v4.b32") == 3
+            assert ptx["_apply"].count("st.global.v4.b32") == 1
+            assert "fma.rn.f32" not in ptx["_moments"]  # products and sums rounded apart

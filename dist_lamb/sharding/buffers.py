@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from .layout import TILE, Layout, ParamSpec, Segment
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
 #: a gradient: presence travels with the gradient itself and costs no collective.
 ABSENT = -0.0
+#: Params that stand for all, where all would take too long.
+_LOOKED_AT = 16
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
 def spec_of(name: str, p: Tensor) -> ParamSpec:
@@ -55,10 +61,14 @@ class Shard:
 class _Staging:
     """Where a bucket's gradients are put together to be sent."""
 
+    members: tuple[int, ...]  # the bucket's params
+    params: list[Tensor]  # these
     tiles: Tensor  # [tiles, TILE], padded to all ranks' shards
-    slots: dict[int, Tensor]  # of each param: a view shaped and strided as it is
-    rows: dict[int, Tensor]  # its tiles
+    first: Tensor  # the first element of each tile
+    slots: list[Tensor]  # of each param: a view shaped and strided as it is
+    rows: list[Tensor]  # its tiles
     padding: list[Tensor]  # what belongs to no param
+    zeros: list[Tensor]  # as much of them as there is padding
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class FlatBuffers:
         self.works = list(self._make_works())
         self._staging: dict[int, _Staging] = {}
         self._staging_memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._taken: list[tuple[Tensor, Tensor]] | None = None
         self._active: tuple[frozenset[int], Tensor] | None = None
         self._own = frozenset(self._segment_of)
 
@@ -179,6 +190,18 @@ class FlatBuffers:
 
     # --- params ----------------------------------------------------------------------------------
 
+    def may_adopt_late(self) -> bool:
+        """Whether :meth:`adopt_params` may come after the moments, which take a device some time.
+
+        They are computed from masters, not from the params; and a few of these, of which most ways
+        to replace memory leave none alone, are in place. Looking at all takes the host 0.2 ms.
+        """
+        few = slice(None, None, -(-len(self.params) // _LOOKED_AT))
+        return (
+            all(bank.master is not None for bank in self.banks.values())
+            and list(map(Tensor.data_ptr, self.params[few])) == self._addresses[few]
+        )
+
     def adopt_params(self) -> None:
         """Bring params whose memory someone replaced (``model.to()``, a loader) back into place.
 
@@ -213,29 +236,33 @@ class FlatBuffers:
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def stage(self, bucket: int, slot: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """A bucket's gradients put together in staging buffer ``slot``, and those by param.
+    def stage(self, bucket: int, slot: int) -> tuple[Tensor, Iterable[int]]:
+        """A bucket's gradients put together in staging buffer ``slot``, and which params have one.
 
         Raises ``RuntimeError`` naming a param whose gradient is sparse.
         """
         staging = self._staging.get(bucket)
         if staging is None:
             staging = self._staging[bucket] = self._make_staging(bucket, slot)
-        grads = {j: self.params[j].grad for j in staging.slots}
-        present = {j: g for j, g in grads.items() if g is not None}
-        for j, g in present.items():
-            if g.layout != torch.strided:
+        # Backward waits for the host here: few operations, and loops in C where it is hundreds.
+        grads: list[Any] = list(map(_GRAD, staging.params))
+        slots, present, absent = staging.slots, staging.members, []
+        if any(map(is_, grads, repeat(None))):
+            having = [k for k, g in enumerate(grads) if g is not None]
+            absent = [staging.rows[k] for k, g in enumerate(grads) if g is None]
+            grads, slots = [grads[k] for k in having], [slots[k] for k in having]
+            present = tuple(staging.members[k] for k in having)
+        for j, layout in zip(present, map(_LAYOUT, grads)):
+            if layout != torch.strided:
                 raise RuntimeError(
                     f"{self.layout.params[j].name} has a sparse gradient: not supported"
                 )
-        if present:
-            torch._foreach_copy_([staging.slots[j] for j in present], list(present.values()))
-        if staging.padding:
-            torch._foreach_zero_(staging.padding)
+        if slots or staging.padding:
+            torch._foreach_copy_(slots + staging.padding, grads + staging.zeros)
         # A gradient that is there must not read as absent: this turns -0.0 into 0.0.
-        staging.tiles[:, 0].add_(0.0)
-        for j in grads.keys() - present.keys():
-            staging.rows[j].fill_(ABSENT)
+        staging.first.add_(0.0)
+        for row in absent:
+            row.fill_(ABSENT)
         return staging.tiles, present
 
     def _make_staging(self, bucket: int, slot: int) -> _Staging:
@@ -248,38 +275,67 @@ class FlatBuffers:
             memory = self._zeros(max(t.numel() for t in kinds), dtype)
             self._staging_memory[dtype, slot] = memory
         flat = memory[: whole.numel()]
-        slots, rows, padding = {}, {}, []
+        slots, rows, padding = [], [], []
         for j, first in zip(b.params, b.first_tiles):
             spec, start = self.layout.params[j], first * TILE
             end = start + spec.tiles * TILE
-            slots[j] = flat.as_strided(spec.shape, spec.stride, start)
-            rows[j] = flat[start:end]
+            slots.append(flat.as_strided(spec.shape, spec.stride, start))
+            rows.append(flat[start:end])
             padding.append(flat[start + spec.numel : end])
         padding.append(flat[b.tiles * TILE :])
         padding = [t for t in padding if t.numel()]
-        return _Staging(flat.view(-1, TILE), slots, rows, padding)
+        # in the dtype of the gradients: all are copied at once
+        zero = self._zeros(max(map(len, padding), default=0), whole.dtype)
+        tiles = flat.view(-1, TILE)
+        return _Staging(
+            tuple(b.params),
+            [self.params[j] for j in b.params],
+            tiles,
+            tiles[:, 0],
+            slots,
+            rows,
+            padding,
+            [zero[: len(t)] for t in padding],
+        )
 
     def take_gradients(self) -> set[int]:
         """``p.grad``, already averaged over ranks, into the shards; the params that had one."""
-        for segment in self.segments:
-            p, shard = self.params[segment.param], self.shards[segment.bucket]
-            rows = _rows(shard.grads, segment)
-            if p.grad is None:
+        if self._taken is None:
+            self._taken = [self._taking(segment) for segment in self.segments]
+        into, taken = [], []
+        for segment, (rows, to) in zip(self.segments, self._taken):
+            grad = self.params[segment.param].grad
+            if grad is None:
                 rows.fill_(ABSENT)
                 continue
-            whole = flat_row(as_laid_out(p.grad, self._slots[segment.param]))[0]
-            flat = rows.view(-1)[: segment.numel]
-            flat.copy_(whole[segment.param_start : segment.param_start + segment.numel])
+            if segment.numel != grad.numel():
+                memory = flat_row(as_laid_out(grad, self._slots[segment.param]))[0]
+                grad = memory[segment.param_start :][: segment.numel]
+            into.append(to)
+            taken.append(grad)
+        if into:
+            torch._foreach_copy_(into, taken)
         return {j for j, p in enumerate(self.params) if p.grad is not None}
+
+    def _taking(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """The tiles of a segment's gradient, and these shaped as the gradient or its piece is."""
+        rows = _rows(self.shards[segment.bucket].grads, segment)
+        spec, flat = self.layout.params[segment.param], rows.view(-1)[: segment.numel]
+        if segment.numel != spec.numel:
+            return rows, flat
+        return rows, flat.as_strided(spec.shape, spec.stride, flat.storage_offset())
 
     def active(self, present: set[int], everywhere: bool) -> Tensor:
         """bool [num_params]: which of the params with tiles here have a gradient on any rank.
 
         ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
         """
-        if not (everywhere or self._own <= present):
+        if len(present) == len(self.params):  # in most steps; sets of hundreds take the host 20 us
+            chosen = self._own
+        elif everywhere or self._own <= present:
+            chosen = self._own & present
+        else:
             return self._found_active()
-        chosen = self._own & present
         if self._active is None or self._active[0] != chosen:
             mask = torch.zeros(self._num_params, dtype=torch.bool)
             mask[[self.indices[j] for j in chosen]] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -41,6 +42,40 @@ class OutputHook(Hook):
             self._give(rest[-1])
 
 
+class _Called:
+    """In the place of what a compiled module runs when it is called: a hook before it.
+
+    A forward pre-hook of that module would be compiled with it, or break its graph.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook) -> None:
+        self._module = weakref.ref(module)
+        self._hook = hook
+        self._compiled: Any = module._compiled_call_impl
+        module._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._hook(self._module())
+        return self._compiled(*args, **kwargs)
+
+    def in_place(self) -> bool:
+        module = self._module()
+        return module is None or module._compiled_call_impl is self
+
+    def remove(self) -> None:
+        module = self._module()
+        if module is not None and self.in_place():
+            module._compiled_call_impl = self._compiled
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By ``module.compile()``, or as ``torch.compile(module)`` returned it."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
+        return True
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 class ForwardOrder:
     """Which modules of a model run in forward, so that each can wait for what it uses.
 
@@ -48,6 +83,9 @@ class ForwardOrder:
     parent reads them (``nn.MultiheadAttention`` does). Which ones run is learnt from a forward in
     training, and anew when it changes; until then the first module to run waits for everything.
     Evaluation always does: its fast paths run fewer modules.
+
+    A compiled module (a layer, say) waits for all that it has, before its compiled code runs: a
+    hook inside would break its graph.
     """
 
     def __init__(
@@ -78,12 +116,23 @@ class ForwardOrder:
 
     def _watch(self, chosen: Iterable[int]) -> None:
         """Have these modules report when they run, and no others: each costs the host some us."""
-        chosen = set(chosen)
+        chosen = set(chosen) - self._inside_compiled()
         for i in self._handles.keys() - chosen:
             self._handles.pop(i).remove()
         for i in chosen - self._handles.keys():
-            hook = Hook(self._before_forward, i)
-            self._handles[i] = self._modules[i].register_forward_pre_hook(hook)
+            hook, module = Hook(self._before_forward, i), self._modules[i]
+            if getattr(module, "_compiled_call_impl", None) is None:
+                self._handles[i] = module.register_forward_pre_hook(hook)
+            else:
+                self._handles[i] = _Called(module, hook)
+
+    def _inside_compiled(self) -> set[int]:
+        """Modules below a compiled one."""
+        inside: set[int] = set()
+        for i, parents in enumerate(self._parents):  # parents come before their children
+            if any(p in inside or _is_compiled(self._modules[p]) for p in parents):
+                inside.add(i)
+        return inside
 
     def _before_forward(self, module: nn.Module, index: int) -> None:
         if torch.compiler.is_compiling():
@@ -106,6 +155,10 @@ class ForwardOrder:
     def needs(self, own: Sequence[set[int]]) -> dict[int, set[int]]:
         """{module: the buckets it waits for} in the next forward, if it goes as the last one."""
         ran, self._ran = self._ran, set()
+        called = [h for h in self._handles.values() if isinstance(h, _Called)]
+        if not all(h.in_place() for h in called):  # compiled anew since, which lost the hook
+            self._known = None
+            self._watch([])
         if self._known is None:
             found = {i: set(own[i]) for i in ran}
             for i in self._owners - ran:

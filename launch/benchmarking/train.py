@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,8 +81,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "autocast and bf16 on CUDA, else fp32; --trace: bf16 (fp32); --curve: fp32",
     )
     parser.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before timing")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps a round")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="times to go through all contenders, which then share a machine's good and bad moods",
+    )
     parser.add_argument("--lr", type=float, default=contenders.LR)
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the model's layers, one by one"
+    )
     parser.add_argument("--impl", default="auto", help="of Lamb and ShardedLamb")
     parser.add_argument(
         "--timeout", type=float, default=3.0, metavar="MINUTES", help="of one collective"
@@ -157,7 +168,7 @@ def work_of(args: argparse.Namespace) -> Work:
     Raises:
         ConfigError: a number that is not positive.
     """
-    for name in ("micro_batch", "seq_len", "steps", "curve"):
+    for name in ("micro_batch", "seq_len", "steps", "rounds", "curve"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -179,48 +190,51 @@ def measure(args: argparse.Namespace, work: Work, chosen: list[Contender], ranks
     batches = list(work.batches(args.warmup + args.steps + 1, ranks.rank, ranks.device))
     template, gate = work.template(), Gate(ranks)
     about["params"] = sum(p.numel() for p in template.parameters())
-    about |= {"micro_batch": work.micro_batch, "seq_len": work.seq_len}
+    about |= {"micro_batch": work.micro_batch, "seq_len": work.seq_len, "compiled": args.compile}
     rows: list[dict[str, Any]] = []
     failed = 0
     for precision in args.precisions or (["autocast", "bf16"] if on_gpu else ["fp32"]):
         setting = _setting(args, work, precision, ranks)
-        alone = None
         these: list[dict[str, Any]] = []
         skipped: list[str] = []
-        again = _alone(f"{ALONE}, again")
-        for contender in (_alone(ALONE), *chosen, again):
-            error, why = _checked(gate, contender, setting, args)
-            failed += why is not None and FAILED_GATE in why
-            row = None
-            if why is None:
-                do = partial(_timed, contender, template, batches, setting, args, ranks)
-                row, why = attempt(args, do)
-                _free(ranks.device)
-            if row is None:
-                skipped.append(f"{contender.name}: {why}")
-                continue
-            alone = alone or row["step_ms"]
-            tokens = ranks.world_size * work.micro_batch * work.seq_len
-            row = {
-                **about,
-                "precision": precision,
-                "params_dtype": str(setting.dtype).removeprefix("torch."),
-                "contender": contender.name,
-                **row,
-                "exposed_ms": row["step_ms"] - alone,
-                "ratio": row["step_ms"] / alone,
-                "tokens_per_s": tokens / row["step_ms"] * 1e3,
-                "error": error,
-            }
-            these.append(row)
-            if not args.no_save:
-                # At once: a contender that hangs ends the run.
-                save = partial(results.append, args.results / "train.csv", common, [row])
-                agreed(save if first else lambda: None)
+        # Alone a second time: the two differ by as much as the machine does.
+        runs = [_Run(c) for c in (_alone(ALONE), *chosen, _alone(f"{ALONE}, again"))]
+        for last in [False] * (args.rounds - 1) + [True]:
+            for run in list(runs):
+                why = None if run.rounds else _checked(gate, run, setting, args)
+                failed += why is not None and FAILED_GATE in why
+                row = None
+                if why is None:
+                    do = partial(_timed, run, template, batches, setting, args, ranks)
+                    row, why = attempt(args, do)
+                    _free(ranks.device)
+                if row is None:
+                    skipped.append(f"{run.contender.name}: {why}")
+                    runs.remove(run)
+                elif last:
+                    alone = these[0]["step_ms"] if these else row["step_ms"]
+                    tokens = ranks.world_size * work.micro_batch * work.seq_len
+                    row = {
+                        **about,
+                        "precision": precision,
+                        "params_dtype": str(setting.dtype).removeprefix("torch."),
+                        "contender": run.contender.name,
+                        **row,
+                        "exposed_ms": row["step_ms"] - alone,
+                        "ratio": row["step_ms"] / alone,
+                        "tokens_per_s": tokens / row["step_ms"] * 1e3,
+                        "error": run.error,
+                    }
+                    these.append(row)
+                    if not args.no_save:
+                        # At once: a contender that hangs ends the run.
+                        save = partial(results.append, args.results / "train.csv", common, [row])
+                        agreed(save if first else lambda: None)
         if first:
             title = (
                 f"BERT {args.model}, {about['params'] / 1e6:.1f} M params, {ranks.world_size} x "
                 f"{work.micro_batch} x {work.seq_len} tokens, {precision} ({setting.dtype} params)"
+                + (", layers compiled" if args.compile else "")
             )
             results.print_table(title, COLUMNS, these, skipped)
         rows += these
@@ -333,6 +347,7 @@ def _setting(args: argparse.Namespace, work: Work, precision: str, ranks: Ranks)
         micro_batch=work.micro_batch,
         lr=args.lr,
         impl=args.impl,
+        compiled=args.compile,
     )
 
 
@@ -401,37 +416,49 @@ class _Marks:
             yield begin.elapsed_time(end) if self._on_gpu else (end - begin) * 1e3
 
 
-def _checked(
-    gate: Gate, contender: Contender, setting: Setting, args: argparse.Namespace
-) -> tuple[float, str | None]:
-    """(error against plain LAMB, why the contender gets no row); the error of others is NaN."""
-    why = contender.why_not(setting)
-    if why is not None or not contender.is_lamb:
-        return float("nan"), why
-    checked, why = attempt(args, partial(gate.error, contender, setting))
+@dataclass
+class _Run:
+    """A contender and what was measured of it on this rank, in all rounds so far."""
+
+    contender: Contender
+    #: against plain LAMB
+    error: float = float("nan")
+    rounds: int = 0
+    peak: int = 0
+    step_ms: list[float] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    idle_ms: list[float] = field(default_factory=list)
+
+
+def _checked(gate: Gate, run: _Run, setting: Setting, args: argparse.Namespace) -> str | None:
+    """Why a contender gets no row; notes its error."""
+    why = run.contender.why_not(setting)
+    if why is not None or not run.contender.is_lamb:
+        return why
+    checked, why = attempt(args, partial(gate.error, run.contender, setting))
     _free(setting.device)
     if checked is None:
-        return float("nan"), why
-    error, worst = checked
-    if error <= GATE[setting.dtype]:
-        return error, None
-    return error, f"{FAILED_GATE}: off by {error:.1e} in {worst}; no speed is shown"
+        return why
+    run.error, worst = checked
+    if run.error <= GATE[setting.dtype]:
+        return None
+    return f"{FAILED_GATE}: off by {run.error:.1e} in {worst}; no speed is shown"
 
 
 def _timed(
-    contender: Contender,
+    run: _Run,
     template: nn.Module,
     batches: list[tuple[Tensor, ...]],
     setting: Setting,
     args: argparse.Namespace,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Times and memory of the slowest rank; all ranks return the same."""
+    """Another round: times and memory of the slowest rank in all of them, the same on all ranks."""
     on_gpu = ranks.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    training = prepared(contender, template, setting)
+    training = prepared(run.contender, template, setting)
     for batch in batches[: args.warmup]:
         _step(training, batch, setting)
     _synchronize(ranks)
@@ -443,11 +470,12 @@ def _timed(
         marks.mark()
         loss = _step(training, batch, setting)
     marks.mark()
-    step_ms = marks.intervals_ms()
-    peak = torch.cuda.max_memory_allocated() - before if on_gpu else float("nan")
+    run.step_ms += marks.intervals_ms()
+    if on_gpu:
+        run.peak = max(run.peak, torch.cuda.max_memory_allocated() - before)
+    run.rounds += 1
 
     # Apart from the steps above: the waiting would take away their overlap.
-    optimizer_ms, idle_ms = [], []
     for _ in range(OPTIMIZER_STEPS if training.optimizes else 0):
         training.backward(training.forward(batches[-1], setting))
         _synchronize(ranks)
@@ -455,16 +483,16 @@ def _timed(
         training.step()
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        optimizer_ms.append((time.perf_counter() - begin) * 1e3)
+        run.optimizer_ms.append((time.perf_counter() - begin) * 1e3)
         if on_gpu:
             torch.cuda.synchronize()
-        idle_ms.append((time.perf_counter() - begin) * 1e3)
+        run.idle_ms.append((time.perf_counter() - begin) * 1e3)
 
     mean_loss = float(ranks.mean(loss.double()))
     if mean_loss != mean_loss:
-        raise ArithmeticError(f"the loss is {mean_loss} after {len(step_ms)} steps")
+        raise ArithmeticError(f"the loss is {mean_loss} after {len(run.step_ms)} steps")
     every: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(every, (step_ms, optimizer_ms, idle_ms, peak))
+    dist.all_gather_object(every, (run.step_ms, run.optimizer_ms, run.idle_ms, run.peak))
     slowest = max((times for times, *_ in every), key=statistics.median)
     spread = slowest if len(slowest) > 1 else slowest * 2
     quantiles = statistics.quantiles(spread, n=10, method="inclusive")
@@ -479,6 +507,6 @@ def _timed(
         "step_ms_p80": quantiles[7],
         "optimizer_ms": longest(1),
         "idle_ms": longest(2),
-        "peak_gb": max(peak for *_, peak in every) / 1e9,
+        "peak_gb": max(peak for *_, peak in every) / 1e9 if on_gpu else float("nan"),
         "loss": mean_loss,
     }

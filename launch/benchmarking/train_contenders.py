@@ -37,6 +37,7 @@ class Setting:
     micro_batch: int
     lr: float
     impl: str = "auto"  # of Lamb and ShardedLamb
+    compiled: bool = False  # the model's layers, one by one
 
     @property
     def dtype(self) -> torch.dtype:

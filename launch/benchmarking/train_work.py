@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from pretraining.config import DataConfig, ModelConfig
+from pretraining.engine_fsdp2 import layers_of
 from torch import Tensor, nn
 
 from .agreement import agreed
@@ -71,7 +72,11 @@ class Work:
 
 def placed(template: nn.Module, setting: Setting) -> nn.Module:
     """A copy of ``template`` on the device and in the dtype of ``setting``."""
-    return copy.deepcopy(template).to(setting.device, setting.dtype).train()
+    module = copy.deepcopy(template).to(setting.device, setting.dtype).train()
+    if setting.compiled:
+        for layer in layers_of(module):
+            layer.compile()
+    return module
 
 
 def prepared(contender: Contender, template: nn.Module, setting: Setting) -> Training:

@@ -15,6 +15,11 @@ from pretraining.config import PretrainConfig
 from pretraining.engine_base import PlainEngine
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The encoder layers of a :class:`pretraining.model.PretrainBert`."""
+    return list(model.get_submodule("bert.encoder.layer").children())
+
+
 def shard_layers(model: nn.Module, bf16: bool) -> FSDPModule:
     """``fully_shard`` over all ranks: a unit for every encoder layer, and one for the rest, the
     embeddings and the head that is tied to them. ``bf16``: layers are gathered in bfloat16."""
@@ -23,7 +28,7 @@ def shard_layers(model: nn.Module, bf16: bool) -> FSDPModule:
     policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.get_submodule("bert.encoder.layer").children():
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
     assert isinstance(sharded, FSDPModule)
