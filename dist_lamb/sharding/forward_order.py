@@ -58,13 +58,25 @@ class _Called:
         self._hook(self._module())
         return self._compiled(*args, **kwargs)
 
-    def in_place(self) -> bool:
+    def _chain(self) -> list[Any]:
+        """What the module runs, from the outside in: other optimizers may have hooks there too."""
         module = self._module()
-        return module is None or module._compiled_call_impl is self
+        chain = [] if module is None else [module._compiled_call_impl]
+        while chain and isinstance(chain[-1], _Called):
+            chain.append(chain[-1]._compiled)
+        return chain
+
+    def in_place(self) -> bool:
+        return self._module() is None or self in self._chain()
 
     def remove(self) -> None:
-        module = self._module()
-        if module is not None and self.in_place():
+        chain, module = self._chain(), self._module()
+        if module is None or self not in chain:
+            return
+        at = chain.index(self)
+        if at:
+            chain[at - 1]._compiled = self._compiled
+        else:
             module._compiled_call_impl = self._compiled
 
 
