@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple, TypeAlias, Unpack
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -14,19 +12,10 @@ from torch import Tensor
 from . import kernels
 from .base import Closure, LambBase, Options, ParamsT, count_here
 from .kernels import Block, RowMap, Work
-from .kernels.tables import Segment, Table, capturing, supports
+from .kernels.tables import Segment, capturing, supports
 from .norms import DTensorNorms, Norms
-from .sharding.comm import is_dtensor
-from .sharding.dtensors import (
-    local_of,
-    local_of_param,
-    local_sharded_as,
-    mismatch,
-    placed_as,
-    refusal,
-    sharding_of,
-    wrapped,
-)
+from .plans import FusedPlan, Plan, WorksPlan, in_place
+from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
 from .state import TENSOR_STATES, as_laid_out, complete_state, flat_row, is_dense, state_dtype
 
 
@@ -112,7 +101,9 @@ class Lamb(LambBase):
         self._state_seen = True
         self._maps: dict[_Kind, tuple[list[int], RowMap]] = {}
         self._active: dict[torch.device, tuple[list[int], Tensor]] = {}
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
+        #: which params the last step was made on, where it was without a plan
+        self._stepped: list[int] = []
         self._normed: tuple[list[Tensor], Norms] | None = None
 
     def step(self, closure: Closure | None = None) -> Any:
@@ -125,7 +116,7 @@ class Lamb(LambBase):
         if self._plan is not None and self._plan.fits(self.param_groups, state, self._state_seen):
             # every other check was made when the plan was
             self._state_seen = False
-            self._update_fused(self._plan.table, self._plan.norms, active=None)
+            self._plan.step(self)
         else:
             self._step_unplanned()
         return loss
@@ -137,15 +128,13 @@ class Lamb(LambBase):
         if stepped:
             self._validate(stepped)
             if kernels.fused(self.impl, ((p.device, p.dtype) for _, p in stepped)):
-                gaps = self._step_planned(params, stepped)
+                gaps = self._step_fused(params, stepped)
             else:
-                works, gaps = self._works(stepped)
-                norms = self._norms_of(params)
-                self._update(works, self._active_masks(stepped), norms, masked=False)
+                gaps = self._step_works(params, stepped)
             for x, dense in gaps:
                 x.copy_(dense)
 
-    def _step_planned(
+    def _step_fused(
         self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
         """The fused step, and where nothing is out of the ordinary a plan for the next ones.
@@ -165,14 +154,31 @@ class Lamb(LambBase):
         }
         segments = [self._segment(i, params[i]) for i in sorted(chosen)]
         gaps = self._gaps(params, segments)
-        moved = any(
-            s.grad is not None and s.grad.data_ptr() != local_of(params[s.param].grad).data_ptr()  # type: ignore[arg-type]
-            for s in segments
-        )
         table = self._table(segments, device)
         norms = self._norms_of(params)
-        self._plan = None if gaps or moved else _Plan(table, norms, params, segments, self.state)
+        self._plan = None
+        if not gaps and in_place(params, segments):
+            self._plan = FusedPlan(table, norms, params, segments, self.state)
         self._update_fused(table, norms, active=None)
+        return gaps
+
+    def _step_works(
+        self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The step on tensors one by one; else as :meth:`_step_fused`."""
+        segments = [self._segment(i, p) for i, p in stepped]
+        gaps = self._gaps(params, segments)
+        works, active = self._works(segments, params), self._active_masks(stepped)
+        norms = self._norms_of(params)
+        self._update(works, active, norms, masked=False)
+        self._plan = None
+        indices = [i for i, _ in stepped]
+        on_cpu = all(p.device.type == "cpu" for _, p in stepped)
+        # On a GPU it would keep state alive that is moved away between steps. Where other params
+        # have gradients in every step it would be made in vain.
+        if on_cpu and not gaps and indices == self._stepped and in_place(params, segments):
+            self._plan = WorksPlan(works, active, norms, params, segments, self.state)
+        self._stepped = indices
         return gaps
 
     def _segment(self, i: int, p: Tensor) -> Segment:
@@ -232,21 +238,20 @@ class Lamb(LambBase):
             known = self._normed = (params, DTensorNorms(params))
         return known[1]
 
-    def _works(
-        self, stepped: list[tuple[int, Tensor]]
-    ) -> tuple[list[Work], list[tuple[Tensor, Tensor]]]:
-        """One Work per device and dtype of state; (memory, dense copy) where a param has gaps."""
+    def _works(self, segments: Sequence[Segment], params: list[Tensor]) -> list[Work]:
+        """One Work per device and dtype of state."""
         kinds: dict[_Kind, list[tuple[int, Block]]] = {}
-        segments = [self._segment(i, p) for i, p in stepped]
-        for (i, p), segment in zip(stepped, segments):
+        for segment in segments:
+            p = params[segment.param]
             block = Block(*(None if t is None else flat_row(t) for t in segment[1:]))  # type: ignore[arg-type]
-            kinds.setdefault(_Kind(p.device, state_dtype(p.dtype)), []).append((i, block))
+            kind = _Kind(p.device, state_dtype(p.dtype))
+            kinds.setdefault(kind, []).append((segment.param, block))
         works = []
         for kind, rows in kinds.items():
             indices = [i for i, _ in rows]
             blocks = [block for _, block in rows]
             works.append(Work(blocks, self._row_map(kind, indices), kind.dtype, tiled=False))
-        return works, self._gaps(self._all_params(), segments)
+        return works
 
     def _row_map(self, kind: _Kind, indices: list[int]) -> RowMap:
         cached = self._maps.get(kind)
@@ -271,141 +276,3 @@ class Lamb(LambBase):
 class _Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
-
-
-_GRAD = attrgetter("grad")
-_PARAMS = itemgetter("params")
-_DATA_PTR = Tensor.data_ptr
-#: State tensors whose addresses are looked at in every step. Whoever moves state behind the same
-#: tensor objects (``t.data = ...``, to the host and back) moves all of it.
-_WATCHED = 16
-
-#: (reads a state from an entry, the entries that have it, ids of the tensors there)
-_Held: TypeAlias = tuple[Callable[[Any], Tensor], list[dict[str, Tensor]], list[int]]
-
-
-class _Plan:
-    """What a fused step found in order, and the quickest way to see that it still is.
-
-    The table of addresses, and what it was made from. With a thousand small tensors the host is
-    what a step waits for, so every check is a loop in C: 0.3 us a tensor for all of them.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        norms: Norms,
-        params: list[Tensor],
-        segments: Sequence[Segment],
-        state: Mapping[Tensor, dict[str, Tensor]],
-    ) -> None:
-        self.table, self.norms = table, norms
-        self._params = params
-        chosen = {s.param for s in segments}
-        self._own = [params[s.param] for s in segments]
-        self._others = [p for i, p in enumerate(params) if i not in chosen]
-        #: (position, sharding of its gradient) of the DTensors among them
-        self._sharded = [
-            (k, sharding_of(p if p.grad is None else p.grad))
-            for k, p in enumerate(self._own)
-            if is_dtensor(p)
-        ]
-        self._entries = list(state.values())
-        entries = [state[p] for p in self._own]
-        # Not the tensors: who moves state away wants their memory back. An id may come again, but
-        # hardly all of them for tensors that lie elsewhere.
-        self._held: list[_Held] = []
-        large = []
-        for name in ("step", *TENSOR_STATES):
-            having = [entry for entry in entries if name in entry]
-            self._held.append((itemgetter(name), having, [id(entry[name]) for entry in having]))
-            large += [(entry, name) for entry in having if name in TENSOR_STATES]
-        self._watched = large[:: math.ceil(len(large) / _WATCHED)]
-        self._addresses = list(map(_DATA_PTR, self._memory()))
-        like = [p if s.grad is None else s.grad for s, p in zip(segments, self._memory())]
-        self._kinds = [(g.dtype, g.stride()) for g in like]
-        self._guard = _guard(like)
-
-    def fits(
-        self,
-        groups: list[dict[str, Any]],
-        state: Mapping[Tensor, dict[str, Tensor]],
-        state_seen: bool,
-    ) -> bool:
-        """Whether the table holds for this step too; it has the gradients' addresses then.
-
-        ``state_seen``: somebody may have replaced any of the state.
-        """
-        params = list(map(_PARAMS, groups))
-        try:
-            return (
-                sum(map(len, params)) == len(self._params)
-                and all(map(is_, chain.from_iterable(params), self._params))
-                and (not state_seen or self._knows(state))
-                # memory that was replaced: by model.to(), a loader, offloading
-                and list(map(_DATA_PTR, self._memory())) == self._addresses
-                and self._takes_gradients()
-            )
-        except KeyError:
-            return False  # state that was emptied
-
-    def _memory(self) -> list[Tensor]:
-        """The params' local memory, and some of the state's."""
-        memory = self._own + [entry[name] for entry, name in self._watched]
-        if self._sharded:
-            for k, _ in self._sharded:
-                memory[k] = local_of_param(memory[k])
-            memory[len(self._own) :] = map(local_of, memory[len(self._own) :])
-        return memory
-
-    def _knows(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether all state is what it was."""
-        return (
-            len(state) == len(self._entries)
-            and all(map(is_, state.values(), self._entries))
-            and all(list(map(id, map(get, have))) == ids for get, have, ids in self._held)
-        )
-
-    def _takes_gradients(self) -> bool:
-        if any(p.grad is not None for p in self._others):
-            return False
-        grads: list[Any] = list(map(_GRAD, self._own))
-        for k, sharding in self._sharded:
-            if grads[k] is not None:
-                grads[k] = local_sharded_as(grads[k], sharding)
-                if grads[k] is None:
-                    return False
-        present = None
-        try:
-            addresses = list(map(_DATA_PTR, grads))
-        except TypeError:
-            present = [g is not None for g in grads]
-            if not any(present):
-                return False
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
-        except RuntimeError:
-            return False  # a sparse gradient
-        if present is not None or self._guard is None or not self._guard(*grads):
-            # A gradient may have another dtype or memory format at the same address as before.
-            for g, kind in zip(grads, self._kinds):
-                if g is not None and (g.dtype, g.stride()) != kind:
-                    return False
-        self.table.set_gradients(addresses, present)
-        return True
-
-
-def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """``check(*others)``: the same dtypes, sizes and strides? 0.1 us a tensor; False is no proof.
-
-    torch.compile's own check, five times as fast as a loop over dtypes and strides in Python.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes: Any = [list(t.shape) for t in tensors]
-        strides: Any = [list(t.stride()) for t in tensors]
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        check: Callable[..., bool] = guards.check
-        return check if check(*tensors) else None
-    except Exception:  # private: it may change in any way
-        return None

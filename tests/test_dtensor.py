@@ -434,7 +434,7 @@ def _planned(rank: int, world: int) -> None:
     for placement in (Shard(0), Shard(0), Replicate(), Shard(0), Shard(0)):
         p.grad = distribute_tensor(torch.full((7, 5), 2.0), mesh, [placement])
         optimizer.step()
-        tables.append(optimizer._plan and optimizer._plan.table)
+        tables.append(optimizer._plan and optimizer._plan._table)
     assert tables[0] is tables[1] is not None
     assert tables[2] is None
     assert tables[3] is tables[4] is not None

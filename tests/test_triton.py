@@ -182,7 +182,7 @@ EVENTS = (
 )
 
 
-def _run_with(event: Callable[..., None], impl: str) -> dict[str, Tensor]:
+def _run_with(event: Callable[..., None], impl: str, planned: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     params: list[Tensor] = [
         nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((6, 7), (9,), (1030,))
@@ -191,7 +191,10 @@ def _run_with(event: Callable[..., None], impl: str) -> dict[str, Tensor]:
     for step in range(5):
         _set_gradients(params, step)
         if step == 3:
+            assert optimizer._plan is not None or not planned
             event(optimizer, params)
+        if not planned:
+            optimizer._plan = None
         optimizer.step()
     found = {f"{i}": p.detach() for i, p in enumerate(params)}
     for i, p in enumerate(params):
@@ -200,7 +203,8 @@ def _run_with(event: Callable[..., None], impl: str) -> dict[str, Tensor]:
 
 
 def _event_errors(event: Callable[..., None]) -> dict[str, float]:
-    return dict(fused_cases.errors(_run_with(event, "triton"), _run_with(event, "reference")))
+    expected = _run_with(event, "reference", planned=False)
+    return dict(fused_cases.errors(_run_with(event, "triton"), expected))
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -210,6 +214,33 @@ def test_whatever_happens_between_steps(
     """A table of addresses made at an earlier step must not be used where it no longer holds."""
     found = interpreted(_event_errors, event)
     assert max(found.values()) < 40, found
+
+
+@pytest.mark.parametrize("impl", ["reference", "foreach", "compiled"])
+@pytest.mark.parametrize("event", EVENTS)
+def test_whatever_happens_between_steps_elsewhere(event: Callable[..., None], impl: str) -> None:
+    """The other backends keep views of the tensors, on a CPU."""
+    found, expected = (_run_with(event, impl, planned) for planned in (True, False))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_other_plans_keep_no_gradients() -> None:
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 2))]
+    optimizer = Lamb(params, impl="foreach")
+    plans = []
+    for step in range(5):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        storages = [p.grad.untyped_storage()._weak_ref() for p in params]  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.UntypedStorage._expired, storages)), step
+        plans.append(optimizer._plan)
+    assert plans[0] is None
+    assert plans[1] is not None
+    assert all(plan is plans[1] for plan in plans[1:])
 
 
 def _planned_steps() -> None:

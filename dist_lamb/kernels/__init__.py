@@ -99,6 +99,10 @@ class Block(NamedTuple):
     copy: Tensor | None  # low-precision copy of param, written by apply
 
 
+#: Where there is none, or where it is not looked at.
+NO_GRADIENT = torch.empty(1, 0)
+
+
 @dataclass
 class Work:
     """What one step computes on."""
@@ -118,10 +122,13 @@ class Work:
     def numel(self) -> int:
         return sum(block.param.numel() for block in self.blocks)
 
-    def subset(self, chosen: Sequence[int]) -> Work:
-        """Some of the blocks, as a step of their own on the same params."""
-        rows = self.rows.subset(chosen)
-        return Work([self.blocks[b] for b in chosen], rows, self.dtype, self.tiled)
+    def take(self, gradients: Sequence[Tensor]) -> None:
+        """Compute on these from now on, one for each block; the rest is as it was."""
+        self.blocks = [Block(g, *b[1:]) for g, b in zip(gradients, self.blocks, strict=True)]
+
+    def release(self) -> None:
+        """Keep no gradient alive until the next step, which takes others."""
+        self.take([NO_GRADIENT] * len(self.blocks))
 
     def segments(self) -> list[Segment]:
         """The same, one segment for every run of rows of a param, sorted by param."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
-from . import Block, Work, foreach, square_sum
+from . import NO_GRADIENT, Block, Work, foreach, square_sum
 
 #: Separate tensors smaller than this go through ``foreach``: calling a compiled function costs
 #: more than it saves on them.
@@ -94,26 +94,39 @@ def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
 class _Cut:
     """Separate tensors cut into whole tiles, which are compiled, and the rest, for ``foreach``.
 
-    ``tiled``: (block, its tensors as matrices [tiles, ROW_NUMEL], the param of each tile);
-    ``rest``: a Work of the remaining elements; ``rest_of``: the block each of its rows is from.
+    ``tiled``: (block, its tensors but the gradient as matrices [tiles, ROW_NUMEL], the param of
+    each tile); ``rest``: a Work of the remaining elements, without gradients too; ``rest_of``: the
+    block each of its rows is from. Gradients are cut where they are read: they change.
     """
 
     def __init__(self, work: Work) -> None:
         self.tiled: list[tuple[int, Block, Tensor]] = []
         self.rest_of: list[int] = []
+        self._rest_from: list[int] = []
         rest: list[Block] = []
         for b, _, _, k in work.rows.runs:
             block = work.blocks[b]
             numel = block.param.numel()
             whole = numel - numel % ROW_NUMEL if numel >= SMALL_NUMEL else 0
             if whole:
-                tiles = [None if t is None else t[0, :whole].view(-1, ROW_NUMEL) for t in block]
+                tiles = [None if t is None else _tiles(t, whole) for t in block[1:]]
                 index = torch.full((whole // ROW_NUMEL,), k, device=work.device)
-                self.tiled.append((b, Block._make(tiles), index))
+                self.tiled.append((b, Block(NO_GRADIENT, *tiles), index))  # type: ignore[arg-type]
             if whole < numel:
-                rest.append(Block._make([None if t is None else t[:, whole:] for t in block]))
+                ends = [None if t is None else t[:, whole:] for t in block[1:]]
+                rest.append(Block(NO_GRADIENT, *ends))  # type: ignore[arg-type]
                 self.rest_of.append(b)
+                self._rest_from.append(whole)
         self.rest = Work(rest, work.rows.subset(self.rest_of), work.dtype, tiled=False)
+
+    def rest_with_gradients(self, work: Work) -> Work:
+        rest = Work(self.rest.blocks, self.rest.rows, work.dtype, tiled=False)
+        rest.take([work.blocks[b].grad[:, at:] for b, at in zip(self.rest_of, self._rest_from)])
+        return rest
+
+
+def _tiles(row: Tensor, numel: int) -> Tensor:
+    return row[0, :numel].view(-1, ROW_NUMEL)
 
 
 def _cut(work: Work) -> _Cut:
@@ -133,9 +146,10 @@ def grad_sq(work: Work) -> Tensor:
     if work.tiled and work.blocks:
         return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
     cut, out = _cut(work), _zeros(work)
-    out[cut.rest_of] += foreach.grad_sq(cut.rest)
+    out[cut.rest_of] += foreach.grad_sq(cut.rest_with_gradients(work))
     for b, tiles, _ in cut.tiled:
-        out[b] += _call(_tiled_grad_sq, tiles.grad).sum(0)
+        grad = _tiles(work.blocks[b].grad, tiles.param.numel())
+        out[b] += _call(_tiled_grad_sq, grad).sum(0)
     return out
 
 
@@ -149,9 +163,10 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
             ]
         )
     cut, out = _cut(work), _zeros(work, 2)
-    out[cut.rest_of] += foreach.moments(cut.rest, c)
+    out[cut.rest_of] += foreach.moments(cut.rest_with_gradients(work), c)
     for b, tiles, index in cut.tiled:
-        out[b] += _call(_tiled_moments, *tiles[:4], table, index).sum(0)
+        grad = _tiles(work.blocks[b].grad, tiles.param.numel())
+        out[b] += _call(_tiled_moments, grad, *tiles[1:4], table, index).sum(0)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import rule
-from . import Block, Work, square_sum
+from . import NO_GRADIENT, Block, Work, square_sum
 
 #: Elements worked on at a time. Bounds the temporaries, and on a CPU keeps them in its cache.
 PIECE_NUMEL = {"cpu": 2**18}
@@ -88,7 +88,7 @@ class _Piece(NamedTuple):
             torch._foreach_copy_([own for own, _ in pairs], [t for _, t in pairs])
 
 
-def _pieces(work: Work) -> Iterator[_Piece]:
+def _pieces(work: Work, with_gradients: bool = True) -> Iterator[_Piece]:
     limit = PIECE_NUMEL.get(work.device.type, PIECE_NUMEL_GPU)
     parts: list[tuple[Block, slice]] = []
     begin = numel = 0
@@ -100,29 +100,34 @@ def _pieces(work: Work) -> Iterator[_Piece]:
             n = min(step, length - at)
             part = block
             if n < length:
-                part = Block._make([None if t is None else t.narrow(dim, at, n) for t in block])
+                narrowed = [None if t is None else t.narrow(dim, at, n) for t in block[1:]]
+                grad = block.grad.narrow(dim, at, n) if with_gradients else NO_GRADIENT
+                part = Block(grad, *narrowed)  # type: ignore[arg-type]
             rows = slice(begin + at, begin + at + n) if dim == 0 else slice(begin, begin + 1)
             size_of_part = n * (cols if dim == 0 else 1)
             if parts and numel + size_of_part > limit:
-                yield _collect(work, parts)
+                yield _collect(work, parts, with_gradients)
                 parts, numel = [], 0
             parts.append((part, rows))
             numel += size_of_part
         begin += size
     if parts:
-        yield _collect(work, parts)
+        yield _collect(work, parts, with_gradients)
 
 
-def _collect(work: Work, found: list[tuple[Block, slice]]) -> _Piece:
+def _collect(work: Work, found: list[tuple[Block, slice]], with_gradients: bool) -> _Piece:
     parts, rows = [part for part, _ in found], [r for _, r in found]
     x = [part.param for part in parts]
     m, v = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
-    g = [part.grad.to(part.param.dtype) for part in parts]
+    g = [part.grad for part in parts] if with_gradients else []
+    g = [
+        t if t.dtype == work.dtype else t.to(work.dtype) for t in g
+    ]  # to() takes 3 us to do nothing
     lengths = None
     if len(parts) > 1 and not work.tiled and work.device.type == "cpu":
         # A few operations on each of many small tensors would cost more than the arithmetic.
         lengths = [t.numel() for t in x]
-        g, x, m, v = ([torch.cat(tensors, dim=1)] for tensors in (g, x, m, v))
+        g, x, m, v = ([torch.cat(tensors, dim=1)] if tensors else [] for tensors in (g, x, m, v))
     return _Piece(g, x, m, v, rows, parts, lengths)
 
 
@@ -190,7 +195,7 @@ def moments(work: Work, c: rule.Coefficients) -> Tensor:
 
 def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
     columns = _Columns(work, *c, step_size)
-    for piece in _pieces(work):
+    for piece in _pieces(work, with_gradients=False):
         *cp, step = columns.at(piece)
         x, m, v = TensorList(piece.x), TensorList(piece.m), TensorList(piece.v)
         u = rule.direction(x, m, v, rule.Coefficients(*cp))
