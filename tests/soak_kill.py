@@ -33,6 +33,8 @@ from dist_lamb import checkpoint  # noqa: E402
 
 GLOBAL_BATCH = 8
 
+# A larger lr ends in NaN after some thousand steps: where a gradient has vanished LAMB still moves
+# a tensor by lr times its norm.
 CONFIG = """
 [model]
 hidden_size = 32
@@ -48,7 +50,7 @@ seq_len = 16
 held_out_fraction = 0.2
 cache_dir = "{cache}"
 [optim]
-lr = 2e-2
+lr = 5e-4
 base_batch = 8
 warmup_fraction = 0.1
 [train]
