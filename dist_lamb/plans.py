@@ -7,6 +7,7 @@ and the state are laid out, and where. Mostly all of it is as it was.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -42,7 +43,7 @@ def in_place(params: list[Tensor], segments: Sequence[Segment]) -> bool:
     )
 
 
-class Plan:
+class Plan(ABC):
     """What a step found in order, and the quickest way to see that it still is.
 
     With a thousand small tensors the host is what a step waits for, so every check is a loop in C:
@@ -149,12 +150,13 @@ class Plan:
                     return False
         return self._take(grads, addresses, present)
 
+    @abstractmethod
     def _take(self, grads: list[Any], addresses: list[int], present: list[bool] | None) -> bool:
         """``grads``: local ones, or None; ``present``: which are not None, None if all are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, optimizer: LambBase) -> None:
-        raise NotImplementedError
+        """The step, on the gradients that have been taken."""
 
 
 class FusedPlan(Plan):
@@ -181,7 +183,7 @@ class WorksPlan(Plan):
         position = {id(p): k for k, p in enumerate(self._own)}
         #: where in _own the blocks of each work are
         self._blocks = [
-            [position[id(self._params[i])] for i in work.rows.index.tolist()] for work in works
+            [position[id(self._params[i])] for _, _, _, i in work.rows.runs] for work in works
         ]
         self._release()
 
