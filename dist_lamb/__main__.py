@@ -1,7 +1,7 @@
-"""Look into checkpoints: ``python -m dist_lamb inspect|verify|export DIR``.
+"""Inspect, verify or export a checkpoint: ``python -m dist_lamb inspect|verify|export DIR``.
 
-DIR is a checkpoint, or the folder of a run for its latest. One process, no GPU; nothing of what is
-read is executed.
+DIR is a checkpoint, or a folder of checkpoints for its latest. One process, no GPU; no code from
+the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def inspect(checkpoint: Checkpoint) -> None:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Print that every file is as it was written, or raise ``CheckpointError`` naming one."""
+    """Compare all files with their checksums; raise ``CheckpointError`` naming one that differs."""
     checkpoint.verify()
     print(f"{checkpoint.path}: {len(checkpoint.files) + 1} files are as they were written")
 
@@ -59,8 +59,8 @@ def verify(checkpoint: Checkpoint) -> None:
 def export(checkpoint: Checkpoint, out: Path, weights: bool) -> None:
     """Write whole tensors to one safetensors file.
 
-    Names are the checkpoint's, ``model.<name>`` and ``optimizer.<name>.<state>``; with ``weights``
-    the model's alone, without ``model.``, which is what ``load_state_dict()`` takes.
+    The names are the checkpoint's, ``model.<name>`` and ``optimizer.<name>.<state>``. With
+    ``weights`` only the model's tensors, without ``model.``, as ``load_state_dict()`` takes them.
     """
     try:
         from safetensors.torch import save_file

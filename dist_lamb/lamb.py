@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import is_
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import kernels
-from .base import Closure, LambBase, Options, ParamsT, count_here
-from .kernels import Block, RowMap, Work
-from .kernels.tables import Segment, capturing, supports
+from .base import Closure, LambBase, count_here
+from .fingerprint import Fingerprint
+from .kernels import Update, make_update
+from .kernels.device import capturing
+from .kernels.groups import GroupTable
+from .kernels.segments import Segment
 from .norms import DTensorNorms, Norms
-from .plans import FusedPlan, Plan, WorksPlan, in_place
 from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
-from .state import TENSOR_STATES, as_laid_out, complete_state, flat_row, is_dense, state_dtype
+from .state import (
+    MASTER,
+    MOMENTS,
+    TENSOR_STATES,
+    as_laid_out,
+    complete_state,
+    is_dense,
+    refresh_master,
+)
 
 
 class Lamb(LambBase):
     """LAMB (You et al., arXiv 1904.00962 v5): Adam's direction, scaled per tensor by ||x||/||u||.
 
     Args:
-        params: tensors, ``(name, tensor)`` pairs, or groups of either, as in torch.optim.
+        params: a module, tensors, ``(name, tensor)`` pairs, or groups of either, as in torch.optim.
         lr: learning rate; a float or a 1-element tensor.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -39,6 +47,11 @@ class Lamb(LambBase):
         trust_clip: ``(lo, hi)`` clamp of the trust ratio; LAMBC is (0, 1).
         phi: ``(lo, hi)`` clamp of ||x|| in the trust ratio.
         maximize: ascend instead of descend.
+        nonfinite: what a step does when a gradient is infinite or NaN. ``"propagate"``: it goes
+            into the params, as in torch.optim. ``"skip"``: the step changes nothing, on any rank,
+            and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
+            more pass over the gradients (clipping makes that pass anyway). One group that says
+            "skip" makes it so for all.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
             ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
         foreach, fused: torch's flags; ``foreach=True`` is ``impl="foreach"``, ``fused=True`` is
@@ -49,10 +62,13 @@ class Lamb(LambBase):
     Options may differ between groups; :func:`dist_lamb.options.preset` has named sets of them.
 
     Moments and norms are float32 (float64 for float64 params) whatever the dtype of params and
-    gradients, and half-precision params keep a float32 ``master`` in the state, which then is
-    the value being optimized: after writing new values into such a param, drop its state.
-    ``state[p]`` holds ``step`` (0-d float32), ``exp_avg``, ``exp_avg_sq`` (shaped like p), and
-    ``master``. A param whose gradient is None is left alone; gradients are never written.
+    gradients, and half-precision params keep a float32 ``master`` in the state, which is the
+    value being optimized. Where such a param was written to (weights loaded, clamped), elements
+    that are no longer their master's rounding count; writes through ``p.data`` cannot be noticed:
+    call :meth:`refresh_masters` after them. ``state[p]`` holds ``step`` (0-d float32),
+    ``exp_avg``, ``exp_avg_sq`` (shaped like p), and ``master``. A param whose gradient is None is
+    left alone; gradients are never written. Groups, state and options may be edited in place
+    between steps, as in torch.optim.
 
     DTensors (fully_shard, parallelize_module, distribute_tensor; any mesh, uneven shards, beside
     plain tensors that all ranks have alike) are updated as the whole tensors would be: a step
@@ -64,157 +80,161 @@ class Lamb(LambBase):
     own, clip across stages before ``step()``.
 
     Raises:
-        ValueError: an option out of its range. TypeError: a param that is not real floating point.
+        ValueError: an option out of its range; params whose memory overlaps. TypeError: a param
+        that is not real floating point; an option that is none, naming what it is called here.
         RuntimeError: params that are not whole logical tensors and do not say of what they are
         part (FSDP1's, ShardedTensor, DTensors with Partial placements); from ``step()`` also
         sparse gradients, and params on the meta device.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        **more: Unpack[Options],
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, **more)
+    def _prepare_fields(self) -> None:
+        super()._prepare_fields()
+        self._kept: _Kept | None = None
+        #: the params that counters and norms were made for
+        self._known: list[Tensor] = []
+        self._counters: dict[torch.device, Tensor] = {}
+        self._norms: Norms | None = None
 
-    @property
-    def state(self) -> Any:
-        """``defaultdict``: {param: {"step", "exp_avg", "exp_avg_sq", and "master" in some}}.
-
-        To put other tensors there, ask for it anew: a step looks at all of them only when somebody
-        has asked since the last one, for it takes longer than the step of a small model.
-        """
-        self._state_seen = True
-        return self.__dict__["state"]
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.__dict__["state"] = value
-
-    def _forget_caches(self) -> None:
-        super()._forget_caches()
-        #: whether somebody has had the state in hand since the last step
-        self._state_seen = True
-        self._maps: dict[_Kind, tuple[list[int], RowMap]] = {}
-        self._active: dict[torch.device, tuple[list[int], Tensor]] = {}
-        self._plan: Plan | None = None
-        #: which params the last step was made on, where it was without a plan
-        self._stepped: list[int] = []
-        self._normed: tuple[list[Tensor], Norms] | None = None
-
+    @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update of every param that has a gradient.
 
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
         loss = self._reevaluated(closure)
-        state = self.__dict__["state"]
-        if self._plan is not None and self._plan.fits(self.param_groups, state, self._state_seen):
-            # every other check was made when the plan was
-            self._state_seen = False
-            self._plan.step(self)
+        self._begin()
+        kept = self._kept
+        gaps: list[tuple[Tensor, Tensor]] = []
+        grads = kept.gradients_if_valid(self.param_groups, self.state) if kept else None
+        if kept is None or grads is None:
+            # Until it is made anew nothing that was kept may be used, whatever raises here.
+            self._kept = None
+            stepped = [(i, p) for i, p in enumerate(self._all_params()) if p.grad is not None]
+            if not stepped:
+                self._last = None
+                return loss
+            kept, gaps = self._prepare(stepped)
+        elif all(g is None for g in grads):
+            self._last = None
+            return loss
         else:
-            self._step_unplanned()
+            for p in kept.fingerprint.edited():
+                refresh_master(local_of(self.state[p][MASTER]), local_of(p))
+            for update, positions in zip(kept.updates, kept.positions):
+                update.set_gradients(
+                    [grads[k] for k in positions] if len(kept.updates) > 1 else grads
+                )
+        if capturing(kept.updates[0].device):
+            self._allow_capture()
+        try:
+            self._update(kept.updates, kept.norms)
+        finally:
+            for update in kept.updates:
+                update.release()
+        for x, dense in gaps:
+            x.copy_(dense)
+        kept.fingerprint.renew()
         return loss
 
-    @torch.no_grad()  # entering takes a small model's step 2 us, and planned steps need it not
-    def _step_unplanned(self) -> None:
-        params = self._all_params()
-        stepped = [(i, p) for i, p in enumerate(params) if p.grad is not None]
-        if stepped:
-            self._validate(stepped)
-            if kernels.fused(self.impl, ((p.device, p.dtype) for _, p in stepped)):
-                gaps = self._step_fused(params, stepped)
-            else:
-                gaps = self._step_works(params, stepped)
-            for x, dense in gaps:
-                x.copy_(dense)
+    def refresh_masters(self) -> None:
+        """Take half-precision params that were written to through ``p.data`` as the new values.
 
-    def _step_fused(
-        self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The fused step, and where nothing is out of the ordinary a plan for the next ones.
-
-        Returns (local memory, dense copy) where a param has gaps.
+        Elements that still are their master's rounding keep the master. Other writes are noticed.
         """
-        device = stepped[0][1].device
-        chosen = {i for i, _ in stepped}
-        # Params that were stepped before stay in the table: gradients may come and go.
-        chosen |= {
+        for p in self._all_params():
+            master = self.state[p].get(MASTER) if p in self.state else None
+            if master is not None:
+                refresh_master(local_of(master), local_of(p).detach())
+
+    def _allow_capture(self) -> None:
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step() of this Lamb is being captured in a CUDA graph, which needs capturable=True"
+            )
+
+    def _prepare(
+        self, stepped: list[tuple[int, Tensor]]
+    ) -> tuple[_Kept, list[tuple[Tensor, Tensor]]]:
+        """What a step works on, and where nothing is out of the ordinary for the next ones too.
+
+        Also (local memory, dense copy) of params with gaps.
+        """
+        self._validate(stepped)
+        params = self._all_params()
+        if len(params) != len(self._known) or not all(map(is_, params, self._known)):
+            # Counters and norms belong to params, not to positions.
+            self._known, self._counters, self._norms = params, {}, DTensorNorms(params)
+        assert self._norms is not None
+        # Params that were stepped before stay: gradients may come and go.
+        chosen = {i for i, _ in stepped} | {
             i
             for i, p in enumerate(params)
-            if p.device == device
-            and supports(p.dtype)
-            and is_dense(local_of(p))
-            and "exp_avg" in self.state.get(p, ())
+            if MOMENTS[0] in self.state.get(p, ()) and is_dense(local_of(p))
         }
         segments = [self._segment(i, params[i]) for i in sorted(chosen)]
-        gaps = self._gaps(params, segments)
-        table = self._table(segments, device)
-        norms = self._norms_of(params)
-        self._plan = None
-        if not gaps and in_place(params, segments):
-            self._plan = FusedPlan(table, norms, params, segments, self.state)
-        self._update_fused(table, norms, active=None)
-        return gaps
-
-    def _step_works(
-        self, params: list[Tensor], stepped: list[tuple[int, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The step on tensors one by one; else as :meth:`_step_fused`."""
-        segments = [self._segment(i, p) for i, p in stepped]
-        gaps = self._gaps(params, segments)
-        works, active = self._works(segments, params), self._active_masks(stepped)
-        norms = self._norms_of(params)
-        self._update(works, active, norms, masked=False)
-        self._plan = None
-        indices = [i for i, _ in stepped]
-        on_cpu = all(p.device.type == "cpu" for _, p in stepped)
-        # On a GPU it would keep state alive that is moved away between steps. Where other params
-        # have gradients in every step it would be made in vain.
-        if on_cpu and not gaps and indices == self._stepped and in_place(params, segments):
-            self._plan = WorksPlan(works, active, norms, params, segments, self.state)
-        self._stepped = indices
-        return gaps
+        by_device: dict[torch.device, list[int]] = {}
+        for k, s in enumerate(segments):
+            by_device.setdefault(s.x.device, []).append(k)
+        updates = [
+            make_update(
+                [segments[k] for k in positions],
+                self._counters[device],
+                GroupTable(device, self._group_of(), self._captured),
+                impl=self.impl,
+                keep=self._captured,
+            )
+            for device, positions in by_device.items()
+        ]
+        own = [params[s.param] for s in segments]
+        fingerprint = Fingerprint(self.param_groups, self.state, own, [s.grad for s in segments])
+        kept = _Kept(fingerprint, updates, list(by_device.values()), self._norms)
+        dense = [(local_of(p), s.x if s.copy is None else s.copy) for p, s in zip(own, segments)]
+        gaps = [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
+        in_place = all(
+            p.grad is None or s.grad.data_ptr() == local_of(p.grad).data_ptr()  # type: ignore[union-attr]
+            for p, s in zip(own, segments)
+        )
+        # On a GPU it would keep state alive that is moved away between steps.
+        on_cpu = all(device.type == "cpu" for device in by_device)
+        if in_place and not gaps and (on_cpu or not any(u.keeps_memory for u in updates)):
+            self._kept = kept
+        return kept, gaps
 
     def _segment(self, i: int, p: Tensor) -> Segment:
         """What the step of a param touches, its state completed and laid out as the param is."""
-        x = local_of(p).detach()
+        whole = x = local_of(p).detach()
         if not is_dense(x):
             x = x.contiguous()
         state = self.state[p]
-        if "exp_avg" not in state and capturing(p.device):
+        if MOMENTS[0] not in state and capturing(p.device):
             raise RuntimeError(
                 "take a step before capturing step() in a CUDA graph: state that is made inside "
                 "of it would be made anew at every replay"
             )
-        count_here(self._steps(p.device), i, state)
+        if x.device not in self._counters:
+            self._counters[x.device] = torch.zeros(len(self._known), device=x.device)
+        count_here(self._counters[x.device], i, state)
         found = {name: local_of(state[name]) for name in TENSOR_STATES if name in state}
+        for name, t in found.items():
+            # A kernel would follow an address of the other device.
+            if (t.device, t.shape) != (x.device, x.shape):
+                raise RuntimeError(
+                    f"Lamb cannot step {self._all_names()[i]}: its state {name} is "
+                    f"{tuple(t.shape)} on {t.device}, the param {tuple(x.shape)} on {x.device}"
+                )
         local = dict(found)
         complete_state(x, x, local)
+        for name in found.keys() - local.keys():
+            del state[name]
         for name, t in local.items():
             if t is not found.get(name):
                 state[name] = wrapped(t, p)
-            if t.device != x.device:  # a kernel would follow an address of the other device
-                raise RuntimeError(
-                    f"Lamb cannot step {self._all_names()[i]}: its state {name} is on {t.device}, "
-                    f"the param on {x.device}"
-                )
-        m, v, master = local["exp_avg"], local["exp_avg_sq"], local.get("master")
         grad = None if p.grad is None else as_laid_out(local_of(placed_as(p.grad, p)), x)
-        return (
-            Segment(i, grad, x, m, v, None) if master is None else Segment(i, grad, master, m, v, x)
-        )
-
-    @staticmethod
-    def _gaps(params: list[Tensor], segments: list[Segment]) -> list[tuple[Tensor, Tensor]]:
-        """(local memory, dense copy) where a param has gaps."""
-        dense = [(local_of(params[s.param]), s.x if s.copy is None else s.copy) for s in segments]
-        return [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
+        moments, master = tuple(local[name] for name in MOMENTS), local.get(MASTER)
+        if master is None:
+            return Segment(i, grad, x, moments, None)
+        refresh_master(master, whole)
+        return Segment(i, grad, master, moments, x)
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
@@ -232,47 +252,14 @@ class Lamb(LambBase):
                 what = found
             raise RuntimeError(f"Lamb cannot step {self._all_names()[i]}: {what}")
 
-    def _norms_of(self, params: list[Tensor]) -> Norms:
-        known = self._normed
-        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
-            known = self._normed = (params, DTensorNorms(params))
-        return known[1]
 
-    def _works(self, segments: Sequence[Segment], params: list[Tensor]) -> list[Work]:
-        """One Work per device and dtype of state."""
-        kinds: dict[_Kind, list[tuple[int, Block]]] = {}
-        for segment in segments:
-            p = params[segment.param]
-            block = Block(*(None if t is None else flat_row(t) for t in segment[1:]))  # type: ignore[arg-type]
-            kind = _Kind(p.device, state_dtype(p.dtype))
-            kinds.setdefault(kind, []).append((segment.param, block))
-        works = []
-        for kind, rows in kinds.items():
-            indices = [i for i, _ in rows]
-            blocks = [block for _, block in rows]
-            works.append(Work(blocks, self._row_map(kind, indices), kind.dtype, tiled=False))
-        return works
+class _Kept(NamedTuple):
+    """What one step found and the next one may use, if the fingerprint still matches."""
 
-    def _row_map(self, kind: _Kind, indices: list[int]) -> RowMap:
-        cached = self._maps.get(kind)
-        if cached is None or cached[0] != indices:
-            rows = RowMap([[i] for i in indices], len(self._all_params()), kind.device)
-            cached = self._maps[kind] = (indices, rows)
-        return cached[1]
+    fingerprint: Fingerprint
+    updates: list[Update]
+    positions: list[list[int]]  # of each update's segments in the order of the fingerprint
+    norms: Norms
 
-    def _active_masks(self, stepped: list[tuple[int, Tensor]]) -> dict[torch.device, Tensor]:
-        by_device: dict[torch.device, list[int]] = {}
-        for i, p in stepped:
-            by_device.setdefault(p.device, []).append(i)
-        for device, indices in by_device.items():
-            cached = self._active.get(device)
-            if cached is None or cached[0] != indices:
-                mask = torch.zeros(len(self._all_params()), dtype=torch.bool)
-                mask[indices] = True
-                self._active[device] = (indices, mask.to(device))
-        return {device: self._active[device][1] for device in by_device}
-
-
-class _Kind(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
+    def gradients_if_valid(self, groups: Any, state: Any) -> list[Any] | None:
+        return self.fingerprint.gradients() if self.fingerprint.matches(groups, state) else None

@@ -23,10 +23,10 @@ class Norms(Protocol):
     #: Whether there is nothing to add.
     local: bool
 
-    def kinds(self, device: torch.device) -> Sequence[Tensor] | None:
-        """bool [params] each, on ``device``: params whose gradients add up over the same ranks.
+    def reduction_groups(self, device: torch.device) -> Sequence[Tensor] | None:
+        """bool [params] each, on ``device``: params whose sums are added up over the same ranks.
 
-        None: all params do.
+        None: all params' are.
         """
         ...
 
@@ -35,7 +35,8 @@ class Norms(Protocol):
         ...
 
     def over_all(self, sums: Tensor) -> Tensor:
-        """float64 [kinds + 1], the last one a flag, of this rank -> [2] of all: sum and flag."""
+        """float64 [reduction groups + 1], the last one a flag, of this rank -> [2] of all ranks:
+        sum and flag."""
         ...
 
 
@@ -44,7 +45,7 @@ class LocalNorms:
 
     local = True
 
-    def kinds(self, device: torch.device) -> None:
+    def reduction_groups(self, device: torch.device) -> None:
         return None
 
     def per_param(self, sums: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class FlatNorms:
         self._comm = comm
         self.local = comm.world_size == 1
 
-    def kinds(self, device: torch.device) -> None:
+    def reduction_groups(self, device: torch.device) -> None:
         return None
 
     def per_param(self, sums: Tensor) -> Tensor:
@@ -82,15 +83,16 @@ class DTensorNorms:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._axes: list[_AxisSum] = []
         cuts = [tuple(self._enter(axis) for axis in cut_axes(p)) for p in params]
-        kinds = list(dict.fromkeys(cuts))
+        groups = list(dict.fromkeys(cuts))
         self.local = not self._axes
-        self._masks = [torch.tensor([cut == kind for cut in cuts]) for kind in kinds]
+        self._masks = [torch.tensor([cut == group for cut in cuts]) for group in groups]
         self._masks_on: dict[torch.device, list[Tensor]] = {}
         for a, axis in enumerate(self._axes):
             axis.params = _Rows([i for i, cut in enumerate(cuts) if a in cut], len(cuts))
             # The flag goes along every axis: it must reach all.
-            axis.kinds = _Rows(
-                [k for k, kind in enumerate(kinds) if a in kind] + [len(kinds)], len(kinds) + 1
+            axis.groups = _Rows(
+                [k for k, group in enumerate(groups) if a in group] + [len(groups)],
+                len(groups) + 1,
             )
 
     def _enter(self, axis: Axis) -> int:
@@ -100,7 +102,7 @@ class DTensorNorms:
         self._axes.append(_AxisSum(axis))
         return len(self._axes) - 1
 
-    def kinds(self, device: torch.device) -> Sequence[Tensor] | None:
+    def reduction_groups(self, device: torch.device) -> Sequence[Tensor] | None:
         if len(self._masks) < 2:
             return None
         if device not in self._masks_on:
@@ -114,7 +116,7 @@ class DTensorNorms:
 
     def over_all(self, sums: Tensor) -> Tensor:
         for axis in self._axes:
-            sums = axis.add_up(sums, axis.kinds)
+            sums = axis.add_up(sums, axis.groups)
         return sums if len(sums) == 2 else torch.stack([sums[:-1].sum(), sums[-1]])
 
 
@@ -138,7 +140,7 @@ class _AxisSum:
     """Adds rows up along one mesh axis."""
 
     params: _Rows  # that are cut along the axis
-    kinds: _Rows  # of them, and the flag
+    groups: _Rows  # reduction groups of such params, and the flag
 
     def __init__(self, axis: Axis) -> None:
         self.group, self._device_type = axis.group, axis.device_type

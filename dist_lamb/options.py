@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-IMPLS: Final = ("auto", "reference", "foreach", "compiled", "triton")
+Impl: TypeAlias = Literal["auto", "reference", "foreach", "compiled", "triton"]
+Adapt: TypeAlias = Literal["all", "decayed"]
+Nonfinite: TypeAlias = Literal["propagate", "skip"]
 
 #: Options that belong to the rule, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``).
 RULE_DEFAULTS: Final[dict[str, Any]] = {
@@ -29,6 +31,7 @@ RULE_DEFAULTS: Final[dict[str, Any]] = {
     "trust_clip": None,
     "phi": None,
     "maximize": False,
+    "nonfinite": "propagate",
 }
 
 #: torch.optim's implementation flags; they select ``impl`` and are kept in the groups because
@@ -65,8 +68,8 @@ def preset(name: str) -> dict[str, Any]:
 
 def resolve_impl(impl: str, foreach: bool | None, fused: bool | None) -> str:
     """The ``impl`` meant by our argument and torch's ``foreach``/``fused`` flags together."""
-    if impl not in IMPLS:
-        raise ValueError(f"Invalid impl: {impl!r}; known: {', '.join(IMPLS)}")
+    if impl not in get_args(Impl):
+        raise ValueError(f"Invalid impl: {impl!r}; known: {', '.join(get_args(Impl))}")
     if foreach and fused:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if foreach:
@@ -121,13 +124,22 @@ def check_group(group: Mapping[str, Any]) -> None:
     if limit is not None and (not _is_number(limit) or not limit >= 0.0):
         raise ValueError(f"Invalid max_grad_norm value: {limit!r}; None or a number >= 0 expected")
     adapt = group["adapt"]
-    if not isinstance(adapt, bool) and adapt not in ("all", "decayed"):
+    if not isinstance(adapt, bool) and adapt not in get_args(Adapt):
         raise ValueError(
             f"Invalid adapt value: {adapt!r}; 'all', 'decayed', True or False expected"
+        )
+    if group["nonfinite"] not in get_args(Nonfinite):
+        raise ValueError(
+            f"Invalid nonfinite value: {group['nonfinite']!r}; 'propagate' or 'skip' expected"
         )
     for name in ("trust_clip", "phi"):
         if group[name] is not None:
             _check_range(name, group[name])
+
+
+def owned(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among a parameter group's entries."""
+    return {name: group[name] for name in (*RULE_DEFAULTS, *TORCH_FLAGS) if name in group}
 
 
 def clips(group: Mapping[str, Any]) -> bool:

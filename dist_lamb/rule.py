@@ -28,23 +28,26 @@ Array: TypeAlias = Any
 
 
 class Hyperparameters(NamedTuple):
-    """The options as numbers, float64, [groups] or gathered to [params]."""
+    """The options as numbers: of one group, or float64 tensors, one number a param.
 
-    lr: Tensor
-    beta1: Tensor
-    beta2: Tensor
-    beta3: Tensor
-    eps: Tensor
-    decay: Tensor  # weight decay added to the direction (decoupled) ...
-    l2: Tensor  # ... or to the gradient (not decoupled); the other one is 0
-    sign: Tensor  # -1 where the objective is maximized
-    corrected: Tensor  # 1 where the moments are bias-corrected
-    max_grad_norm: Tensor  # inf where gradients are not clipped
-    adapt: Tensor  # 1 where the trust ratio is applied
-    trust_lo: Tensor
-    trust_hi: Tensor
-    phi_lo: Tensor
-    phi_hi: Tensor
+    The one list of them: tables on devices have their columns by these names.
+    """
+
+    lr: Array
+    beta1: Array
+    beta2: Array
+    beta3: Array
+    eps: Array
+    decay: Array  # weight decay added to the direction (decoupled) ...
+    l2: Array  # ... or to the gradient (not decoupled); the other one is 0
+    sign: Array  # -1 where the objective is maximized
+    corrected: Array  # 1 where the moments are bias-corrected
+    max_grad_norm: Array  # inf where gradients are not clipped
+    adapt: Array  # 1 where the trust ratio is applied
+    trust_lo: Array
+    trust_hi: Array
+    phi_lo: Array
+    phi_hi: Array
 
 
 class Coefficients(NamedTuple):
@@ -75,30 +78,30 @@ class Coefficients(NamedTuple):
         return Coefficients(*(None if t is None else f(t) for t in self))
 
 
-def hyperparameters(group: Mapping[str, Any]) -> Sequence[float]:
-    """One row of :class:`Hyperparameters` from a parameter group (a tensor lr gives lr 0)."""
+def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """A parameter group as one row of :class:`Hyperparameters`; a tensor lr on a device is 0."""
     inf = float("inf")
     beta1, beta2 = group["betas"]
     wd, lr = group["weight_decay"], group["lr"]
     trust_lo, trust_hi = group["trust_clip"] or (0.0, inf)
     phi_lo, phi_hi = group["phi"] or (0.0, inf)
-    return (
-        0.0 if isinstance(lr, Tensor) else lr,
-        beta1,
-        beta2,
-        1.0 - beta1 if group["grad_averaging"] else 1.0,
+    return Hyperparameters(
+        lr=0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr),
+        beta1=beta1,
+        beta2=beta2,
+        beta3=1.0 - beta1 if group["grad_averaging"] else 1.0,
         # 0 / 0 must be 0: padding of a tile has no moments, and its NaN would spread by the norm.
-        group["eps"] or 1e-30,
-        wd if group["decoupled"] else 0.0,
-        0.0 if group["decoupled"] else wd,
-        -1.0 if group["maximize"] else 1.0,
-        float(group["bias_correction"]),
-        group["max_grad_norm"] or inf,
-        float(options.adapts(group)),
-        trust_lo,
-        trust_hi,
-        phi_lo,
-        phi_hi,
+        eps=group["eps"] or 1e-30,
+        decay=wd if group["decoupled"] else 0.0,
+        l2=0.0 if group["decoupled"] else wd,
+        sign=-1.0 if group["maximize"] else 1.0,
+        corrected=float(group["bias_correction"]),
+        max_grad_norm=group["max_grad_norm"] or inf,
+        adapt=float(options.adapts(group)),
+        trust_lo=trust_lo,
+        trust_hi=trust_hi,
+        phi_lo=phi_lo,
+        phi_hi=phi_hi,
     )
 
 
@@ -131,6 +134,12 @@ def coefficients(h: Hyperparameters, t: Tensor, scale: Tensor | None, l2: bool) 
     )
 
 
+#: Coefficients of a step that changes nothing; those that are not named are 0.
+_IDENTITY = dict.fromkeys(
+    ("grad_scale", "beta1", "beta3", "beta2", "correction1", "correction2", "eps"), 1.0
+)
+
+
 def only_where(active: Tensor, c: Coefficients, guard: bool) -> Coefficients:
     """Coefficients under which a parameter that is not ``active`` keeps m and v bit for bit.
 
@@ -138,11 +147,11 @@ def only_where(active: Tensor, c: Coefficients, guard: bool) -> Coefficients:
     ``guard`` replaces the gradient of an inactive parameter by zeros: needed where it may be
     anything (an overflow under loss scaling), since 0 * inf is NaN.
     """
-    keep = (0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0)
-    kept = Coefficients(
-        *(None if new is None else torch.where(active, new, old) for new, old in zip(c, keep))
-    )
-    return kept._replace(active=active if guard else None)
+    kept = {
+        name: None if new is None else torch.where(active, new, _IDENTITY.get(name, 0.0))
+        for name, new in c._asdict().items()
+    }
+    return Coefficients(**{**kept, "active": active if guard else None})
 
 
 def gradient(g: Array, x: Array, c: Coefficients) -> Array:
@@ -158,7 +167,9 @@ def gradient(g: Array, x: Array, c: Coefficients) -> Array:
     return g
 
 
-def moments(g: Array, m: Array, v: Array, c: Coefficients) -> tuple[Array, Array]:
+def moments(g: Array, states: Sequence[Array], c: Coefficients) -> tuple[Array, ...]:
+    """The new states."""
+    m, v = states
     # m <- b1 * m + b3 * g
     m = m * c.beta1 + g * c.beta3
     # v <- b2 * v + (1 - b2) * g^2
@@ -166,7 +177,9 @@ def moments(g: Array, m: Array, v: Array, c: Coefficients) -> tuple[Array, Array
     return m, v
 
 
-def direction(x: Array, m: Array, v: Array, c: Coefficients) -> Array:
+def direction(x: Array, states: Sequence[Array], c: Coefficients) -> Array:
+    """u, from the new states."""
+    m, v = states
     # r = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
     r = (m * c.correction1) / ((v * c.correction2).sqrt() + c.eps)
     # u = r + wd * x

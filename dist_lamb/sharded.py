@@ -6,20 +6,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import options
-from .base import Closure, LambBase, Options, ParamsT
+from ._torch_private import phase
+from .base import SKIPPED, Closure, LambBase, ParamsT, count_here
+from .fingerprint import Fingerprint
+from .kernels import Update, make_update
+from .kernels.groups import GroupTable
 from .norms import FlatNorms
-from .sharding.buffers import FlatBuffers, Piece, spec_of
+from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
+from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.layout import Layout
-from .sharding.overlap import GradientReducer, ParamGatherer, Side, any_gradient
-from .state import TENSOR_STATES
+from .sharding.overlap import GradientReducer, ParamGatherer, any_gradient
+from .state import MASTER, TENSOR_STATES
 
 #: Elements per bucket, unless one param alone is larger.
 BUCKET_NUMEL = 2**25
@@ -68,8 +73,9 @@ class ShardedLamb(LambBase):
     where they are. (``torch.save`` of some of a module's tensors writes the buffers they lie in:
     save clones of them.) A param without a gradient on any rank is left alone; without one on some
     ranks it counts as zero there; but between two steps every rank must run backward as often as
-    the others. ``state[p]`` shows this rank's pieces, with the same keys on every rank; tensors
-    put there in their place are not used. See :meth:`full_optimizer_state_dict` for whole tensors.
+    the others. ``state[p]`` shows this rank's pieces, with the same keys on every rank: what is
+    dropped there begins anew, tensors put there are copied. Params may be moved between groups in
+    place. See :meth:`full_optimizer_state_dict` for whole tensors.
 
     Between backward and ``step()``, gradients are clipped by ``max_grad_norm`` alone: at stage 2
     there is no ``p.grad`` to change then, at stage 1 a changed one is reduced once more. To skip
@@ -102,7 +108,20 @@ class ShardedLamb(LambBase):
         overlap: bool = True,
         overlap_gather: bool = False,
         bucket_numel: int = BUCKET_NUMEL,
-        **more: Unpack[Options],
+        grad_averaging: bool = True,
+        bias_correction: bool = True,
+        decoupled: bool = True,
+        max_grad_norm: float | None = None,
+        adapt: options.Adapt | bool = "all",
+        trust_clip: tuple[float, float] | None = None,
+        phi: tuple[float, float] | None = None,
+        maximize: bool = False,
+        nonfinite: options.Nonfinite = "propagate",
+        impl: options.Impl = "auto",
+        foreach: bool | None = None,
+        capturable: bool = False,
+        fused: bool | None = None,
+        **unknown: Any,
     ) -> None:
         if stage not in (1, 2):
             raise ValueError(f"Invalid stage: {stage!r}; 1 (shard state) or 2 (and gradients)")
@@ -132,10 +151,16 @@ class ShardedLamb(LambBase):
         self._reducer: GradientReducer | None = None
         self._gatherer: ParamGatherer | None = None
         self._order: ForwardOrder | None = None
+        self._made: tuple[Fingerprint, Update] | None = None
         self._consolidated: dict[str, Any] | None = None
         self._ready = False
         named: ParamsT = params.named_parameters() if isinstance(params, nn.Module) else params
-        super().__init__(named, lr, betas, eps, weight_decay, **more)
+        super().__init__(
+            named, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
+            bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
+            adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, nonfinite=nonfinite,
+            impl=impl, foreach=foreach, capturable=capturable, fused=fused, **unknown,
+        )  # fmt: skip
         self._agree()
         self._broadcast(self._all_params() + (list(module.buffers()) if module else []))
         if overlap_gather and module is not None:
@@ -194,7 +219,8 @@ class ShardedLamb(LambBase):
             f"{s.name} {s.shape} {s.stride} {s.dtype} requires_grad={grad}" for s, grad in items
         ]
         for i, group in enumerate(self.param_groups):
-            kept = {k: v for k, v in group.items() if k not in ("params", "param_names", "lr")}
+            without = ("params", "param_names", "lr", SKIPPED)
+            kept = {k: v for k, v in group.items() if k not in without}
             kept["lr"] = float(group["lr"])
             described.append(f"group {i} of {len(group['params'])} params with {kept}")
         own = ("stage", "reduce_gradients", "accumulate", "overlap", "overlap_gather", "impl")
@@ -233,35 +259,112 @@ class ShardedLamb(LambBase):
                 self._comm.world_size,
                 self._bucket_numel,
             )
-            self._buffers = FlatBuffers(
-                layout,
-                params,
-                indices,
-                len(every),
-                self._comm,
-                self._reduce_dtype,
-                summed=self.accumulate == "sharded",
-            )
-            side = Side(self._buffers.device)
-            self._gatherer = ParamGatherer(self._buffers, self._comm, side, self._order)
+            summed = self.accumulate == "sharded"
+            self._buffers = FlatBuffers(layout, params, self._comm, self._reduce_dtype, summed)
+            stream = CommStream(self._buffers.device)
+            self._gatherer = ParamGatherer(self._buffers, self._comm, stream, self._order)
             if self.reduce_gradients and self._comm.num_ranks > 1:
                 keep = self.stage == 1
-                self._reducer = GradientReducer(self._buffers, self._comm, side, keep)
+                self._reducer = GradientReducer(self._buffers, self._comm, stream, keep)
             for handle in self._handles:
                 handle.remove()
             self._handles = []
             if self._reducer is not None and self.overlap:
                 self._reducer.watch()
-            self._attach_state()
+            self._frozen = [p for p in every if not p.requires_grad]
+            self._arrange(adopt=False)
         return self._buffers, self._gatherer
 
-    def _attach_state(self) -> None:
-        """``state[p]`` shows the step and this rank's pieces, the same keys on every rank."""
+    def _settle(self) -> Update:
+        """Bring the buffers in line with what groups, params and state are now; no collective."""
         assert self._buffers is not None
-        every = self._all_params()
-        for j, i in enumerate(self._buffers.indices):
-            self.state[every[i]].update(self._buffers.local_state(j))
-            self.state[every[i]]["step"] = self._steps(every[i].device)[i]
+        assert self._made is not None
+        if not self._made[0].matches(self.param_groups, self.state):
+            self._buffers.adopt_params()
+            self._arrange(adopt=True)
+            self._buffers.refresh_masters()
+        elif self._made[0].edited():
+            self._buffers.refresh_masters()
+        return self._made[1]
+
+    def _arrange(self, adopt: bool) -> None:
+        """Number the buffers' params as the groups do, and show state and counts in ``state``.
+
+        ``adopt``: what lies in ``state`` in another place is taken over, and what is missing there
+        begins anew; else what the buffers hold counts.
+        """
+        buffers = self._buffers
+        assert buffers is not None
+        every, names = self._all_params(), self._all_names()
+        index = {id(p): i for i, p in enumerate(every)}
+        known = {id(p) for p in (*buffers.params, *self._frozen)}
+        changed = [n for n, p in zip(names, every) if id(p) not in known]
+        changed += [buffers.layout.params[j].name for j in self._absent(index)]
+        if changed:
+            raise RuntimeError(
+                f"{changed[0]} was put into or taken out of the param groups of this ShardedLamb: "
+                "add params by add_param_group() on all ranks, and make a new optimizer to drop "
+                "some. Params may move between groups"
+            )
+        self._indices = [index[id(p)] for p in buffers.params]
+        counters = torch.zeros(len(every), device=buffers.device)
+        for j, i in enumerate(self._indices):
+            entry, shown = self.state[every[i]], buffers.local_state(j)
+            if adopt:
+                self._adopt(names[i], entry, shown, buffers, j)
+            count_here(counters, i, entry)
+            entry.update(shown)
+        groups = GroupTable(buffers.device, self._group_of(), self._captured)
+        update = make_update(
+            buffers.segments(self._indices), counters, groups,
+            impl=self.impl, tiled=True, keep=self._captured,
+        )  # fmt: skip
+        nothing = [None] * len(buffers.params)
+        fingerprint = Fingerprint(self.param_groups, self.state, buffers.params, nothing)
+        self._made = (fingerprint, update)
+        self._mask: tuple[frozenset[int], Tensor] | None = None
+
+    def _absent(self, index: Mapping[int, int]) -> list[int]:
+        assert self._buffers is not None
+        return [j for j, p in enumerate(self._buffers.params) if id(p) not in index]
+
+    @staticmethod
+    def _adopt(
+        name: str,
+        entry: Mapping[str, Any],
+        shown: Mapping[str, Tensor],
+        buffers: FlatBuffers,
+        j: int,
+    ) -> None:
+        """Take over this rank's part of a param's state from an entry of ``state``."""
+        for state, own in shown.items():
+            given = entry.get(state)
+            if given is None:
+                own.copy_(buffers.owned(j).views["param"] if state == MASTER else own.new_zeros(()))
+            elif given.numel() != own.numel():
+                raise RuntimeError(
+                    f"ShardedLamb cannot step {name}: its state {state} has {given.numel()} "
+                    f"elements, this rank's part {own.numel()}; load whole tensors by "
+                    "load_state_dict()"
+                )
+            elif given.data_ptr() != own.data_ptr():
+                own.copy_(given.reshape(-1))
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that share the shards."""
+        return self._comm.group
+
+    def refresh_masters(self) -> None:
+        """Take half-precision params that were written to through ``p.data`` as the new values.
+
+        Call it on all ranks. Elements that still are their master's rounding keep the master. Other
+        writes are noticed.
+        """
+        if self._buffers is not None:
+            self.synchronize()
+            self._buffers.adopt_params()
+            self._buffers.refresh_masters()
 
     # --- training --------------------------------------------------------------------------------
 
@@ -312,51 +415,66 @@ class ShardedLamb(LambBase):
         ``closure`` reevaluates the model and returns the loss, which is returned.
         """
         loss = self._reevaluated(closure)
+        self._begin()
         grads_left = self._validate()
-        buffers, gatherer = self._build()
+        _, gatherer = self._build()
         self.synchronize()
-        late = buffers.may_adopt_late()
-        if not late:
-            buffers.adopt_params()
+        update = self._settle()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
-        active, grad_sq = self._shard_gradients(buffers, grads_left)
+        with phase("1 reduce gradients"):
+            active, grad_sq = self._shard_gradients(grads_left)
+        update.set_active(active)
         # 2-6. the update of the shard; norms over the ranks that share it out
-        norms = FlatNorms(self._comm)
-        self._update(
-            buffers.works,
-            {buffers.device: active},
-            norms,
-            masked=True,
-            grad_sq=grad_sq,
-            before_apply=buffers.adopt_params if late else None,
-        )
+        self._update([update], FlatNorms(self._comm), grad_sq)
         if self._reducer is not None:
             self._reducer.forget(gone=self.stage == 2)
         # 7. params -> every rank
-        gatherer.start()
+        self._unfinished = True
+        with phase("7 gather params"):
+            gatherer.start()
+        self._unfinished = False
+        assert self._made is not None
+        self._made[0].renew()
         return loss
 
-    def _shard_gradients(
-        self, buffers: FlatBuffers, grads_left: bool
-    ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+    def _shard_gradients(self, grads_left: bool) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """Which params have a gradient, bool [params], and what knows the sum of their squares.
 
         ``grads_left``: backward has not taken all of them, or more were set by hand.
         """
-        reducer = self._reducer
+        buffers, reducer = self._buffers, self._reducer
+        assert buffers is not None
+        grad_sq = None
         if reducer is None:
-            active = buffers.active(buffers.take_gradients(), everywhere=True)
-            grad_sq = None
+            active = self._active(buffers.take_gradients(), everywhere=True)
         else:
-            reducer.squares_wanted = any(map(options.clips, self.param_groups))
+            reducer.squares_wanted = self._options.clip or self._options.skip
             reducer.finish(grads_left)
-            active = buffers.active(reducer.present, everywhere=False)
+            active = self._active(reducer.present, everywhere=False)
             grad_sq = reducer.grad_sq
         if self.stage == 2 and grads_left:
             for p in buffers.params:
                 p.grad = None
         return active, grad_sq
+
+    def _active(self, present: set[int], everywhere: bool) -> Tensor:
+        """bool [params]: which of the params with elements here have a gradient on any rank.
+
+        ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
+        """
+        buffers = self._buffers
+        assert buffers is not None
+        if not everywhere and not buffers.own <= present:
+            mask = torch.zeros(len(self._all_params()), dtype=torch.bool, device=buffers.device)
+            mask[self._indices] = buffers.found_gradients()
+            return mask
+        chosen = buffers.own & present
+        if self._mask is None or self._mask[0] != chosen:
+            mask = torch.zeros(len(self._all_params()), dtype=torch.bool)
+            mask[[self._indices[j] for j in chosen]] = True
+            self._mask = (chosen, mask.to(buffers.device))
+        return self._mask[1]
 
     def _validate(self) -> bool:
         """Whether there are gradients in ``p.grad``, in order.
@@ -380,7 +498,7 @@ class ShardedLamb(LambBase):
             if g.layout != torch.strided:
                 why = "sparse gradients are not supported"
                 raise RuntimeError(self._refusal(self._all_names()[i], why))
-            if self._buffers and p not in self.state:
+            if self._buffers and any(p is frozen for frozen in self._frozen):
                 why = (
                     "it was frozen when the buffers were made; add it by add_param_group() when it "
                     "becomes trainable"
@@ -447,11 +565,13 @@ class ShardedLamb(LambBase):
         whole: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._all_params()))}
         if self._buffers is None:
             return whole
+        self.synchronize()
+        counters = self._settle().counters
         for name in TENSOR_STATES:
             for j, value in self._buffers.gather_state(name, keep).items():
-                whole[self._buffers.indices[j]][name] = value
-        for i in self._buffers.indices:
-            whole[i]["step"] = self._steps(self._all_params()[i].device)[i].to("cpu", copy=True)
+                whole[self._indices[j]][name] = value
+        for i in self._indices:
+            whole[i]["step"] = counters[i].to("cpu", copy=True)
         return whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -470,23 +590,23 @@ class ShardedLamb(LambBase):
             return  # an empty state: trainers pass one through before the first step
         (buffers, _), every = self._build(), self._all_params()
         self.synchronize()
-        for j, i in enumerate(buffers.indices):
+        self._arrange(adopt=False)
+        for j, i in enumerate(self._indices):
             buffers.load_state(j, loaded.get(every[i], {}))
-        self._attach_state()
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def pieces(self, build: bool = False) -> dict[Tensor, Piece]:
+    def pieces(self, build: bool = False) -> dict[Tensor, OwnedRange]:
         """What this rank holds of each trainable param, memory to be read or to be overwritten.
 
         Empty before the first step, unless ``build``. After overwriting, :meth:`take_pieces`.
         """
         if self._buffers is None and not build:
             return {}
+        buffers, _ = self._build()
         self.synchronize()
-        (buffers, _), every = self._build(), self._all_params()
-        self._attach_state()  # what others have put into ``state`` must not be saved
-        return {every[i]: buffers.piece(j) for j, i in enumerate(buffers.indices)}
+        self._settle()
+        return {p: buffers.owned(j) for j, p in enumerate(buffers.params)}
 
     @torch.no_grad()
     def take_pieces(self, steps: Mapping[Tensor, Tensor]) -> None:
@@ -494,7 +614,7 @@ class ShardedLamb(LambBase):
         _, gatherer = self._build()
         for p in self.state:
             self.state[p]["step"] = steps.get(p, torch.zeros(()))
-        self._forget_caches()
-        self._attach_state()
+        self._arrange(adopt=False)
         gatherer.gather()
         self._consolidated = None
+        self.state_loaded()

@@ -1,12 +1,16 @@
-"""How the bytes of a parameter and of its state are stored when the optimizer owns no buffer."""
+"""The tensors of a param's state: their names, dtype, and memory where no buffer holds them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Moments and masters, the state that is as large as the parameter.
-TENSOR_STATES = ("exp_avg", "exp_avg_sq", "master")
+#: The rule's states, in the order in which its functions take them.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: The float32 value of a half-precision param: what the rule reads and writes in its place.
+MASTER = "master"
+#: All state that is as large as the param.
+TENSOR_STATES = (*MOMENTS, MASTER)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,6 +23,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def needs_master(dtype: torch.dtype) -> bool:
     return dtype != state_dtype(dtype)
+
+
+def states_of(dtype: torch.dtype) -> tuple[str, ...]:
+    """Names of the states of a param of ``dtype`` that are as large as the param."""
+    return TENSOR_STATES if needs_master(dtype) else MOMENTS
 
 
 def is_dense(t: Tensor) -> bool:
@@ -43,9 +52,10 @@ def as_laid_out(t: Tensor, like: Tensor) -> Tensor:
     """``t`` with the strides of the dense tensor ``like``, copied only where they differ.
 
     A gradient may come in another memory format than its parameter (channels_last against
-    contiguous); read in memory order the two would be paired up wrongly.
+    contiguous); read in memory order the two would be paired up wrongly. A negated view keeps its
+    sign beside its memory, where no kernel looks.
     """
-    if t.stride() == like.stride():
+    if t.stride() == like.stride() and not t.is_neg():
         return t
     out = torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device)
     return out.copy_(t)
@@ -60,14 +70,28 @@ def state_like(p: Tensor, value: Tensor | None = None) -> Tensor:
 def complete_state(p: Tensor, dense: Tensor, state: dict[str, Tensor]) -> None:
     """Create what is missing of ``p``'s moments and master, and lay all out as ``dense`` is.
 
-    ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps.
+    ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps. A master is removed where
+    ``p`` has full precision by now: it would be older than ``p``.
     """
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in MOMENTS:
         if name not in state:
             state[name] = state_like(dense)
-    if needs_master(p.dtype) and "master" not in state:
-        state["master"] = state_like(dense, dense)
+    if not needs_master(p.dtype):
+        state.pop(MASTER, None)
+    elif MASTER not in state:
+        state[MASTER] = state_like(dense, dense)
     for name in TENSOR_STATES:
-        # The param may have changed its memory format since.
+        # The param may have changed its memory format or its precision since.
         if name in state:
+            if state[name].dtype != state_dtype(p.dtype):
+                state[name] = state[name].to(state_dtype(p.dtype))
             state[name] = as_laid_out(state[name], dense)
+
+
+def refresh_master(master: Tensor, p: Tensor) -> None:
+    """Take into ``master`` those elements of ``p`` that are not its own rounding any more.
+
+    Where weights were loaded or clamped the param counts; elsewhere the master keeps the bits
+    that the param has no room for.
+    """
+    torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)

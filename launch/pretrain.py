@@ -11,7 +11,7 @@ A run that is started again goes on from its latest checkpoint, with as many ran
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 8 --max-restarts 100 launch/pretrain.py CONFIG
 
-SIGTERM, and SIGUSR1 to any rank, end it after the step at hand, with a checkpoint and status 0
+SIGTERM, and SIGUSR1 to any rank, end it after the current step, with a checkpoint and status 0
 (torchrun itself ends with status 1 after a SIGTERM of its own, and kills ranks that take longer
 than its 30 seconds).
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -46,11 +47,11 @@ from pretraining.report import (
     TrainRow,
     clock,
     compact,
-    is_finite,
     open_report,
     read_log,
     summarize_trust,
 )
+from pretraining.skips import SkippedSteps
 from pretraining.sources import CorpusError
 from pretraining.tokens import TokenCache, prepare_tokens
 from torch import Tensor
@@ -61,11 +62,11 @@ from dist_lamb.checkpoint import CheckpointError, latest, wait
 
 
 class Diverged(RuntimeError):
-    """The loss is no number any more."""
+    """The loss is not finite, or the gradients of too many steps in a row are not."""
 
 
 def train(config: PretrainConfig, ranks: Ranks) -> None:
-    """The whole run, from the text to the picture. Every rank calls it."""
+    """The whole run, from the text to the chart. Every rank calls it."""
     began = time.monotonic()
     tokens = _shared_tokens(config, ranks)
     masking = Masking(fraction=config.data.mask_fraction, vocabulary=tokens.vocabulary)
@@ -135,7 +136,7 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
 
 
 class _Loop:
-    """Steps and evaluations. Losses stay on the device until they are reported."""
+    """Steps and evaluations. Losses and counts stay on the device until they are reported."""
 
     def __init__(
         self,
@@ -158,6 +159,7 @@ class _Loop:
         self._report = report
         self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
         self._pending: list[tuple[int, Tensor, float, int]] = []
+        self._skipped = SkippedSteps(config.train.max_skipped_in_a_row, engine.skipped_steps())
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -179,12 +181,13 @@ class _Loop:
             total += loss.detach()
         # Read before the schedule moves on: this is the lr the step is made with.
         lr = float(self._scheduler.get_last_lr()[0])
-        # On its way while the optimizer works.
+        # Its all-reduce runs while the optimizer works.
         flag, agreement = self._ranks.stopping(bool(self._request.signal))
         engine.step()
         self._scheduler.step()
         self._pending.append((step, total, lr, batches.position))
-        if step % config.log_every == 0 or step == config.steps:
+        self._skipped.add(step, engine.skipped_steps())
+        if step % config.log_every == 0 or step == config.steps or self._skipped.too_many():
             self.flush()
         agreement.wait()
         return bool(flag)
@@ -193,37 +196,59 @@ class _Loop:
         """Report the steps since the last time: one all-reduce and one wait for the device.
 
         Raises:
-            Diverged: on every rank alike, since all of them see the same mean.
+            Diverged: on every rank alike, since all of them see the same mean and counts.
         """
         if not self._pending:
             return
         losses = self._ranks.mean(torch.stack([loss for _, loss, _, _ in self._pending]))
+        counted = self._skipped.take()
         seconds = time.monotonic() - self._clock
         tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
         rows = [
-            TrainRow(step, loss, lr, tokens / seconds, samples)
-            for (step, _, lr, samples), loss in zip(self._pending, losses.tolist(), strict=True)
+            TrainRow(step, loss, lr, tokens / seconds, samples, skipped_steps=count.total)
+            for (step, _, lr, samples), loss, count in zip(
+                self._pending, losses.tolist(), counted, strict=True
+            )
         ]
         trust = self._engine.trust_ratios()
-        if self._ranks.rank == 0:
+        # A skipped step has no trust ratios.
+        if self._ranks.rank == 0 and not counted[-1].skipped:
             rows[-1] = replace(rows[-1], trust=summarize_trust(trust, self._shapes))
         self._report.train(rows)
         self._pending = []
         self.restart_clock()
-        if not is_finite(rows):
-            first = next(row for row in rows if not is_finite([row]))
+        self._check(rows, [count.skipped for count in counted])
+
+    def _check(self, rows: Sequence[TrainRow], skipped: Sequence[bool]) -> None:
+        """Raise ``Diverged`` for a loss that is not finite or too many skipped steps in a row."""
+        # The loss of a step that was skipped may be anything: the next one may be finite again.
+        skips = self._config.optim.nonfinite == "skip"
+        for row, was_skipped in zip(rows, skipped, strict=True):
+            if not math.isfinite(row.loss) and not (skips and was_skipped):
+                raise Diverged(
+                    f"the loss is {row.loss} at step {row.step} (lr {row.lr:.2e}); "
+                    "lower optim.lr or lengthen the warm-up"
+                )
+        if self._skipped.too_many():
+            length, step = self._skipped.longest
             raise Diverged(
-                f"the loss is {first.loss} at step {first.step} (lr {first.lr:.2e}); "
-                "lower optim.lr or lengthen the warm-up"
+                f"{length} steps in a row up to step {step} were skipped, since their gradients "
+                f"were not finite ({rows[-1].skipped_steps} skipped steps in all, lr "
+                f"{rows[-1].lr:.2e}); lower optim.lr or lengthen the warm-up, or raise "
+                f"train.max_skipped_in_a_row (now {self._config.train.max_skipped_in_a_row})"
             )
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
-        """Loss and accuracy on the held-out sequences, reported as of after ``step``."""
+        """Loss and accuracy on the held-out sequences, reported as of after ``step``.
+
+        Raises:
+            Diverged: on every rank alike.
+        """
         self.flush()
         device = self._ranks.device
         self._engine.model.eval()
-        # loss, hits, sequences; float64 so that the split over ranks leaves no trace
+        # loss, hits, sequences; float64 so that the split over ranks does not matter
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for sequences, weights in self._held_out:
             input_ids, positions, labels = to_device(sequences, device)
@@ -235,6 +260,12 @@ class _Loop:
         loss, hits, count = self._ranks.sum(sums).tolist()
         self._report.held_out(HeldOutRow(step, loss / count, hits / count))
         self.restart_clock()
+        if not math.isfinite(loss):
+            # Skipped steps would hide it until the end of a short run.
+            raise Diverged(
+                f"the held-out loss is {loss} after step {step}; "
+                "lower optim.lr or lengthen the warm-up"
+            )
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._config.train.autocast == "none":
@@ -262,7 +293,7 @@ def _shared_tokens(config: PretrainConfig, ranks: Ranks) -> TokenCache:
         try:
             made = prepare_tokens(config.data, say)
         except CorpusError as error:
-            # Raised here alone, it would leave the others to fail with a lost connection.
+            # Raised here alone, it would make the others fail with a lost connection.
             made = error
     first = ranks.from_first(made)
     if isinstance(first, CorpusError):
@@ -408,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with started(config.train) as ranks:
             train(config, ranks)
     except (ConfigError, CorpusError, Diverged, CheckpointError) as error:
-        # The user's to mend: one line a machine says more than a traceback a rank.
+        # Errors that the user can correct: one line a machine is clearer than a traceback a rank.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         # torchrun ends its own report with what is recorded: the message instead of "exitcode 2".

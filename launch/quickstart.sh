@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 ready pretrain
 # With torchrun's own store, restarted workers would read the keys of those before them and hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun's default, said here so that it does not warn; pretrain.py takes its share of the cores.
+# torchrun's default, set here so that it does not warn; pretrain.py sets its number of threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
     "$ROOT/launch/pretrain.py" "$ROOT/configs/quickstart.toml" "$@"

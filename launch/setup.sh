@@ -52,7 +52,7 @@ make_environment() {
     base=$(system_python)
     note "making the environment $1"
     if ! "$base" -m venv "$1"; then
-        # Half an environment would look like a whole one the next time.
+        # The next call would take an incomplete environment for a complete one.
         rm -rf "$1"
         fail "python3 -m venv does not work; on Debian and Ubuntu:" \
             "apt-get install -y python3-venv"

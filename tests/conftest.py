@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,3 +16,53 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        "reference",
+        "foreach",
+        pytest.param("compiled", marks=pytest.mark.xdist_group("compile")),
+    ]
+)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every backend, with hardly a tensor too small to be compiled."""
+    import torch._dynamo
+
+    from dist_lamb.kernels import compiled
+
+    monkeypatch.setattr(compiled, "SMALL_NUMEL", 10)
+    monkeypatch.setattr(compiled, "ROW_NUMEL", 5)
+    # One process of tests sees more dtypes and sizes than a training does.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process where Triton interprets its kernels."""
+    pytest.importorskip("triton")
+    from interpreter import interpreter
+
+    with interpreter() as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small config for launch/pretrain.py."""
+    from pretrain_runs import write_config
+
+    return write_config(tmp_path_factory.mktemp("pretrain"))
+
+
+@pytest.fixture
+def no_process_group_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that run launch/pretrain.py in this process."""
+    import torch
+    import torch.distributed as dist
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

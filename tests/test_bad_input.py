@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dist_lamb import Lamb, ShardedLamb, kernels, param_groups, preset, schedules
-from dist_lamb.sharding.comm import Comm, DeviceMesh
 
 OPTIMIZERS = (Lamb, ShardedLamb)
 NAN, INF = float("nan"), float("inf")
@@ -206,13 +205,6 @@ def test_sharded_without_trainable_params() -> None:
     opt = ShardedLamb(frozen)
     with pytest.raises(RuntimeError, match=r"^ShardedLamb has no trainable params$"):
         opt.step()
-
-
-def test_mesh_and_group_contradict() -> None:
-    group: Any = object()
-    mesh: Any = object.__new__(DeviceMesh)
-    with pytest.raises(ValueError, match=r"^give either process_group or mesh, not both$"):
-        Comm.of(group, mesh)
 
 
 # --- refused steps -------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
+from checkpoint_cases import module_of
 from ranks import run_ranks
-from test_sharded import OPTIONS, state_of, train
+from sharded_cases import OPTIONS, state_of, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,24 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint, param_groups
 from dist_lamb.checkpoint import CheckpointError
-from dist_lamb.checkpoint.fragments import Fragment, boxes
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def module_of(params: dict[str, Tensor]) -> nn.Module:
-    """A module with these params under these names, and a buffer."""
-    root = nn.Module()
-    for name, p in params.items():
-        *path, last = name.split(".")
-        home = root
-        for part in path:
-            if not hasattr(home, part):
-                home.add_module(part, nn.Module())
-            home = getattr(home, part)
-        home.register_parameter(last, p)  # type: ignore[arg-type]
-    root.register_buffer("seen", torch.tensor(7))
-    return root
 
 
 def make(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -73,37 +56,6 @@ def whole(optimizer: Any) -> dict[str, Tensor]:
 def digest(params: dict[str, Tensor]) -> str:
     full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in params.items()}
     return models.digest(full)
-
-
-# --- the cutting ---------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 5), max_size=4), st.data())
-def test_boxes_tile_an_interval(shape: list[int], data: st.DataObject) -> None:
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    start = data.draw(st.integers(0, whole.numel()))
-    stop = data.draw(st.integers(start, whole.numel()))
-    cut = list(boxes(shape, start, stop))
-    assert len(cut) <= max(1, 2 * len(shape) - 1)
-    pieces = [whole[tuple(slice(o, o + n) for o, n in zip(*box))].reshape(-1) for box in cut]
-    assert torch.cat([torch.arange(0), *pieces]).tolist() == list(range(start, stop))
-
-
-@given(st.permutations(range(4)), st.integers(0, 120), st.integers(0, 120))
-def test_fragments_of_any_memory_order(order: list[int], a: int, b: int) -> None:
-    start, stop = min(a, b), max(a, b)
-    whole = torch.empty([(2, 3, 4, 5)[d] for d in order]).permute(
-        [order.index(d) for d in range(4)]
-    )
-    assert whole.shape == (2, 3, 4, 5)
-    memory = whole.as_strided((120,), (1,))
-    memory.copy_(torch.arange(120))
-    fragment = Fragment(whole.shape, whole.stride(), start, memory[start:stop])
-    found = torch.full_like(whole, -1.0)
-    for offsets, part in fragment.parts.items():
-        found[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape))] = part
-    inside = (whole >= start) & (whole < stop)
-    assert torch.equal(found, torch.where(inside, whole, -1.0))
 
 
 # --- engines and numbers of ranks ----------------------------------------------------------------
@@ -335,7 +287,7 @@ def _beside_the_training(rank: int, world: int, folder: str) -> None:
 @pytest.mark.slow
 def test_save_async_holds_training_up_little(tmp_path: Path) -> None:
     """Of the quickstart's model, less than a fifth of what a save takes; prints both."""
-    from time_saves import ROOT, measure
+    from manual.time_saves import ROOT, measure
 
     config = str(ROOT / "configs" / "quickstart.toml")
     found = run_ranks(2, tmp_path, measure, str(tmp_path / "run"), config, 9, "cpu")

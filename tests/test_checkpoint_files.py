@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 import models
 import pytest
 import torch
+from checkpoint_cases import module_of
 from safetensors.torch import load_file
-from test_checkpoint import module_of
 from torch import nn
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint
 from dist_lamb.__main__ import main
 from dist_lamb.checkpoint import Checkpoint, CheckpointError, files
-from dist_lamb.checkpoint.plain import decode, encode
 
 
 def build(seed: int = 0, cls: Any = Lamb, **options: Any) -> tuple[nn.Module, Any]:
@@ -262,7 +260,7 @@ def test_other_groups_and_options_are_named(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="w of the optimizer is no parameter of the model"):
         checkpoint.load(saved, model, Lamb([("w", nn.Parameter(torch.ones(2)))]))
     with pytest.raises(TypeError, match="Lamb or ShardedLamb expected, got SGD"):
-        checkpoint.contents.Names(model, torch.optim.SGD(model.parameters(), lr=1.0))  # type: ignore[arg-type]
+        checkpoint.schema.Names(model, torch.optim.SGD(model.parameters(), lr=1.0))  # type: ignore[arg-type]
 
     own = Lamb(models.groups_of(params), lr=0.5, betas=(0.9, 0.98))
     checkpoint.load(saved, model, own, options="own")
@@ -373,44 +371,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, bad, model, optimizer)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="keep must be None or at least 1"):
         checkpoint.save(tmp_path, 1, model, optimizer, keep=0)
-
-
-# --- plain data ----------------------------------------------------------------------------------
-
-
-def test_plain_data_comes_back_as_it_was() -> None:
-    value = {
-        "a": [1, 2.5, None, True, "text", b"\0\xff", (1, (2,))],
-        "$odd": {3: "x", (1, 2): [float("inf")]},
-        "counter": Counter({4: 1}),
-        "small": torch.tensor([[1.5, -0.0]], dtype=torch.bfloat16),
-        "scalar": torch.tensor(7),
-        "empty": torch.zeros(0, 3),
-        "tiny": 5e-324,
-    }
-    found = decode(json.loads(json.dumps(encode(value, "v"))))
-    for key in ("small", "scalar", "empty"):
-        one, other = value.pop(key), found.pop(key)
-        assert one.dtype == other.dtype
-        assert one.shape == other.shape
-        assert torch.equal(one, other)
-    assert found == value
-    assert type(found["counter"]) is Counter
-    assert type(found["a"][-1]) is tuple
-    nan = decode(encode(float("nan"), ""))
-    assert nan != nan
-    with pytest.raises(CheckpointError, match=r"v.a\[0\] is a function"):
-        encode({"a": [lambda: 0]}, "v")
-    with pytest.raises(CheckpointError, match="too large to save here"):
-        encode(torch.zeros(2**23), "v")
-    for bad in (
-        {"$tensor": ["float32", [2], "AAAA"]},
-        {"$dict": 3},
-        {"$new": 1},
-        {"$a": 1, "b": 2},
-    ):
-        with pytest.raises(CheckpointError):
-            decode(bad)
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_checkpoint import module_of
-from test_sharded import state_of
+from checkpoint_cases import module_of
+from sharded_cases import state_of
 from torch import Tensor, nn
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint

@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretrain_runs import ROOT, run_here, torchrun
 from pretraining.config import ConfigError, OptimConfig
 from pretraining.engine_deepspeed import read_config
 from pretraining.report import read_log
-from test_pretrain_run import (  # noqa: F401
-    ROOT,
-    _leave_no_process_group,
-    config,
-    run_here,
-    torchrun,
-)
 
 pytestmark = [
     pytest.mark.xdist_group("distributed"),
+    pytest.mark.usefixtures("no_process_group_left"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
     pytest.mark.filterwarnings("ignore:Unable to enable fault handler"),
 ]
@@ -33,7 +28,7 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
     return [row["loss"] for row in log if row["kind"] in ("train", "held_out")]
 
 
-def test_same_curve_as_sharded(config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_same_curve_as_sharded(config: Path, tmp_path: Path) -> None:
     """On 2 ranks at stage 2; and a run of engine sharded that goes on at stage 3."""
     want = run_here(config, tmp_path / "sharded")
     torchrun(PRETRAIN, config, tmp_path / "ds", "optim.engine=deepspeed")

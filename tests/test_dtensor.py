@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import golden
 import models
 import pytest
 import torch
+from dtensor_cases import How, assert_same, everything, placed, whole
 from ranks import each_world, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,7 +22,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_lamb import Lamb, ShardedLamb
-from dist_lamb.norms import DTensorNorms
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -29,9 +29,6 @@ OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
 STEPS = 20
 #: fc.weight is without gradient at step 1, tile.weight in the first three
 ABSENT = {0: ("tile.weight",), 1: ("fc.weight", "tile.weight"), 2: ("tile.weight",)}
-
-#: name and tensor -> placements on a mesh, or None: stays a plain tensor
-How = Callable[[str, Tensor], Sequence[Any] | None]
 
 
 def by_rows(_: str, t: Tensor) -> list[Any]:
@@ -63,32 +60,6 @@ def swapped(name: str, t: Tensor) -> list[Any]:
     return [Shard(0), Shard(0)] if t.ndim > 1 else [Replicate(), *by_rows(name, t)]
 
 
-def placed(t: Tensor, mesh: DeviceMesh, placements: Sequence[Any] | None) -> Tensor:
-    if placements is None:
-        return t
-    return distribute_tensor(t.detach(), mesh, placements, src_data_rank=None)
-
-
-def whole(t: Tensor) -> Tensor:
-    t = t.detach()
-    if isinstance(t, DTensor) and t.device.type != t.device_mesh.device_type:  # offloaded
-        here = t.to_local().to(t.device_mesh.device_type)
-        there = DTensor.from_local(
-            here, t.device_mesh, t.placements, shape=t.shape, stride=t.stride()
-        )
-        return there.full_tensor().to(t.device)
-    # of a replica, full_tensor() is the local tensor itself
-    return (t.full_tensor() if isinstance(t, DTensor) else t).clone()
-
-
-def everything(params: dict[str, Tensor], optimizer: Lamb) -> dict[str, Tensor]:
-    """Params, state and trust ratios, whole."""
-    found = {n: whole(p) for n, p in params.items()}
-    for n, p in params.items():
-        found.update({f"{n} {k}": whole(v) for k, v in optimizer.state[p].items()})
-    return found | {f"{n} ratio": r.clone() for n, r in optimizer.trust_ratios().items()}
-
-
 def train(
     mesh: DeviceMesh | None = None,
     how: How = by_rows,
@@ -113,12 +84,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     return everything(params, optimizer)
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], case: Any) -> None:
-    assert got.keys() == want.keys(), (case, got.keys() ^ want.keys())
-    for name, expected in want.items():
-        assert torch.equal(got[name].nan_to_num(), expected.nan_to_num()), (case, name)
 
 
 # --- every mesh ----------------------------------------------------------------------------------
@@ -184,7 +149,6 @@ def _three_ranks(rank: int, world: int, in_float64: dict[str, Tensor]) -> None:
     _overflow_on_one_rank(rank, mesh)
     _nan_on_one_rank(rank, mesh)
     _dummy_step(rank, mesh)
-    _replicas_add_in_rank_order(rank, mesh)
     _added_group(rank, mesh)
     _swapped_params(rank, mesh)
     _offloaded(mesh)
@@ -273,17 +237,6 @@ def _dummy_step(rank: int, mesh: DeviceMesh) -> None:
     optimizer.step()
     assert float(optimizer.state[params["emb.weight"]]["step"]) == 1
     assert float(optimizer.state[params["wide.weight"]]["step"]) == 0
-
-
-def _replicas_add_in_rank_order(rank: int, mesh: DeviceMesh) -> None:
-    norms = DTensorNorms([distribute_tensor(torch.ones(3), mesh, [Shard(0)])])
-    norms._axes[0]._comm.replicated = True
-    # 1 + 1e-16 + 1e-16 is 1, and 1e-16 + 1e-16 + 1 is not
-    columns = torch.tensor([[1.0, 1e-16], [1e-16, 1e-16], [1e-16, 1.0]], dtype=torch.float64)
-    with CommDebugMode() as comm:
-        got = norms.per_param(columns[rank].view(1, 2).clone())
-    assert comm.get_total_counts() == 1
-    assert got.tolist() == [[1.0 + 1e-16 + 1e-16, 1e-16 + 1e-16 + 1.0]]
 
 
 def _added_group(rank: int, mesh: DeviceMesh) -> None:

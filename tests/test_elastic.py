@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pretrain
 import pytest
-import soak_kill
 import torch
 import torch.distributed as dist
+from manual import soak_kill
 from pretraining.batches import TrainBatches
 from pretraining.config import ConfigError, load_config
 from pretraining.masking import MaskedSequences

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from dtensor_cases import everything, whole
+from fsdp2_cases import Net, batch, lamb, sharded
 from ranks import run_ranks
-from test_dtensor import everything, whole
-from test_fsdp2 import Net, batch, lamb, sharded
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import models
+import overlap_cases
 import pytest
-import test_overlap
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -34,7 +34,7 @@ def slow_collectives() -> AbstractContextManager[None]:
 
         return slow
 
-    return test_overlap.wrapped_collectives(wrap)
+    return overlap_cases.wrapped_collectives(wrap)
 
 
 def _overlap(rank: int, world: int, dtype: torch.dtype) -> list[str]:
@@ -42,12 +42,12 @@ def _overlap(rank: int, world: int, dtype: torch.dtype) -> list[str]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     runs = []
     for context in (slow_collectives, None):
-        for variant in test_overlap.VARIANTS:
+        for variant in overlap_cases.VARIANTS:
             if context is None:
-                runs.append(test_overlap.run(rank, None, dtype, "cuda", **variant))
+                runs.append(overlap_cases.run(rank, None, dtype, "cuda", **variant))
             else:
                 with context():
-                    runs.append(test_overlap.run(rank, None, dtype, "cuda", **variant))
+                    runs.append(overlap_cases.run(rank, None, dtype, "cuda", **variant))
     return runs
 
 

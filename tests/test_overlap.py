@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,133 +10,24 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from overlap_cases import (
+    OPTIONS,
+    STEPS,
+    VARIANTS,
+    averaged,
+    late_collectives,
+    loss_of,
+    make_net,
+    run,
+)
 from ranks import each_world, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.utils.checkpoint import checkpoint
 
 from dist_lamb import Lamb, ShardedLamb, param_groups
-from dist_lamb.sharding.comm import Comm
 
 pytestmark = pytest.mark.xdist_group("distributed")
-
-OPTIONS: dict[str, Any] = {"lr": 0.05, "max_grad_norm": 1.0, "bucket_numel": 2**11}
-STEPS = 3
-
-
-class Late:
-    """A collective that takes place only when somebody waits for it."""
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
-
-    def wait(self) -> None:
-        time.sleep(random.uniform(0, 2e-3))
-        self._run()
-
-
-@contextmanager
-def wrapped_collectives(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """``wrap`` around what moves gradients and params."""
-    originals = Comm.reduce_scatter, Comm.all_gather
-    Comm.reduce_scatter, Comm.all_gather = map(wrap, originals)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Comm.reduce_scatter, Comm.all_gather = originals  # type: ignore[method-assign]
-
-
-def late_collectives() -> AbstractContextManager[None]:
-    """Whoever reads a result without waiting for it reads what was there before."""
-
-    def wrap(original: Any) -> Any:
-        def late(self: Comm, out: Tensor, given: Tensor, async_op: bool = False) -> Any:
-            if async_op and self.world_size > 1:
-                return Late(lambda: original(self, out, given))
-            return original(self, out, given)
-
-        return late
-
-    return wrapped_collectives(wrap)
-
-
-class Net(nn.Module):
-    """Tied weights, a layer used twice, one that no rank uses, one that some ranks do, a layer
-    whose params its parent reads, and checkpoints."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 32)
-        # reads out_proj.weight; no biases: that of the key has a gradient of rounding noise alone
-        self.attend = nn.MultiheadAttention(32, 4, bias=False, batch_first=True)
-        self.twice = nn.Linear(32, 32)
-        self.sometimes = nn.Linear(32, 32)
-        self.never = nn.Linear(32, 7)
-        self.norm = nn.LayerNorm(32)
-        self.head = nn.Linear(32, 40, bias=False)
-        self.head.weight = self.embed.weight
-        self.reentrant = reentrant
-
-    def block(self, x: Tensor) -> Tensor:
-        x = x + self.attend(x, x, x, need_weights=False)[0]
-        return torch.tanh(self.twice(self.norm(x)))
-
-    def forward(self, ids: Tensor, sometimes: bool) -> Tensor:
-        x = self.embed(ids)
-        for _ in range(2):
-            if self.reentrant is None:
-                x = self.block(x)
-            else:
-                x = checkpoint(self.block, x, use_reentrant=self.reentrant)
-        if sometimes:
-            x = x + self.sometimes(x)
-        return self.head(x)
-
-
-def batch(t: int, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * t + rank)
-    return torch.randint(40, (4, 6), generator=generator)
-
-
-def loss_of(model: nn.Module, t: int, rank: int) -> Tensor:
-    ids = batch(t, rank).to(next(model.parameters()).device)
-    return nn.functional.cross_entropy(
-        model(ids, rank == 1)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    )
-
-
-def make_net(
-    dtype: torch.dtype = torch.float32, reentrant: bool | None = None, device: str = "cpu"
-) -> Net:
-    torch.manual_seed(0)
-    return Net(reentrant).to(device, dtype)
-
-
-def run(
-    rank: int,
-    group: Any,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    **options: Any,
-) -> str:
-    model = make_net(dtype, device=device)
-    optimizer = ShardedLamb(param_groups(model), process_group=group, **{**OPTIONS, **options})
-    for t in range(STEPS):
-        loss_of(model, t, rank).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    optimizer.synchronize()
-    assert float(optimizer.state[model.never.weight]["step"]) == 0
-    return models.digest({n: p.detach() for n, p in model.named_parameters()})
-
-
-VARIANTS: list[dict[str, Any]] = [
-    {"overlap": overlap, "overlap_gather": gather, "stage": stage}
-    for stage in (1, 2)
-    for overlap in (False, True)
-    for gather in (False, True)
-]
 
 
 def _variants(rank: int, group: Any) -> dict[str, list[str]]:
@@ -242,19 +128,6 @@ def test_hierarchical_mesh(tmp_path: Path) -> None:
 
 
 # --- every way in which gradients come about --------------------------------------------------
-
-
-def averaged(model: nn.Module, losses: Callable[[nn.Module], list[Tensor]], world: int) -> None:
-    """The params' gradients, averaged over ranks in the plainest way."""
-    for loss in losses(model):
-        loss.backward()
-    for p in model.parameters():
-        here = torch.tensor(float(p.grad is not None))
-        dist.all_reduce(here)
-        if here:
-            total = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            dist.all_reduce(total)
-            p.grad = total / world
 
 
 def expect(
@@ -435,191 +308,6 @@ def _branches(rank: int, world: int) -> bool:
 def test_ranks_that_take_different_branches(tmp_path: Path) -> None:
     """As many backwards on every rank, but no gradient that comes in all of them."""
     assert run_ranks(2, tmp_path, _branches) == [True] * 2
-
-
-def _own_modules(rank: int, world: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    # of several sizes: buckets that were paired up wrongly would not fit
-    model = nn.ModuleList([nn.Linear(n, n) for n in (40, 300, 40)])
-    optimizer = ShardedLamb(model, lr=0.1, bucket_numel=1024, overlap_gather=True)
-    for t in range(4):
-        chosen = [m for i, m in enumerate(model) if i != 1 or rank == 0 or t == 0]
-        torch.stack([m(torch.ones(2, m.in_features)).sum() for m in chosen]).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    optimizer.synchronize()
-    return [p.detach() for p in model.parameters()]
-
-
-def test_ranks_that_run_different_modules(tmp_path: Path) -> None:
-    """None of which is the whole model: on some ranks a module has nobody who waits for it."""
-    one, other = run_ranks(2, tmp_path, _own_modules)
-    assert all(map(torch.equal, one, other))
-
-
-def _reading(rank: int, world: int) -> bool:
-    """Whoever reads params through the module, or after synchronize(), reads finished ones."""
-    with late_collectives():
-        model, twin = make_net(), make_net()
-        optimizer = ShardedLamb(param_groups(model), overlap_gather=True, **OPTIONS)
-        other = ShardedLamb(param_groups(twin), **OPTIONS)
-
-        def train(t: int) -> None:
-            for m, o in ((model, optimizer), (twin, other)):
-                loss_of(m, t, rank).backward()
-                o.step()
-                o.zero_grad()
-
-        train(0)
-        train(1)
-        assert optimizer._gatherer is not None
-        # it really is on its way, or the checks below see nothing
-        assert len(optimizer._gatherer._pending) > 2
-        expected = {n: p.detach().clone() for n, p in twin.named_parameters()}
-        stale = [not torch.equal(p, expected[n]) for n, p in model.named_parameters()]
-        assert any(stale)
-        assert models.digest(dict(model.state_dict())) == models.digest(dict(twin.state_dict()))
-        train(2)
-        model.twice.state_dict()
-        assert torch.equal(model.twice.weight, twin.twice.weight)
-        train(3)
-        model.eval()
-        twin.eval()
-        with torch.no_grad():
-            assert torch.equal(model(batch(9, 0), True), twin(batch(9, 0), True))
-        model.train()
-        twin.train()
-        train(4)
-        optimizer.synchronize()
-        assert all(map(torch.equal, model.parameters(), twin.parameters()))
-        train(5)
-        zeros = {n: torch.zeros_like(t) for n, t in twin.state_dict().items()}
-        for m in (model, twin):
-            m.load_state_dict(zeros)  # must not be overwritten by what is on its way
-        optimizer.synchronize()
-        assert not any(bool(p.any()) for p in model.parameters())
-        train(6)
-        # a compiled forward breaks off to wait
-        train(7)
-        ids = batch(8, 0)
-        assert torch.equal(torch.compile(model, backend="eager")(ids, True), twin(ids, True))
-        whole, expected_whole = (o.full_optimizer_state_dict() for o in (optimizer, other))
-        for i, entry in whole["state"].items():
-            assert all(torch.equal(v, expected_whole["state"][i][k]) for k, v in entry.items())
-        # copies and pickles of the model are models of their own
-        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            loss_of(clone, 7, rank).backward()
-        optimizer.synchronize()
-        other.step()
-    return True
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(torch.tanh(self.linear(x))) + x
-
-
-def _compiled(rank: int, world: int) -> bool:
-    """A compiled module waits for its params outside of its graph, which stays whole."""
-
-    def trained(how: str) -> tuple[list[Tensor], int]:
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model: nn.Module = nn.Sequential(
-            nn.Linear(16, 16), *(Layer() for _ in range(4)), nn.Linear(16, 3)
-        )
-        graphs = []
-
-        def backend(graph: Any, _: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        how, _, what = how.partition(" ")
-        assert isinstance(model, nn.Sequential)
-        for i in range(1, 5):
-            if how == "compile()" and what == "layers":
-                model[i].compile(backend=backend, fullgraph=True)
-            elif how == "wrapped" and what == "layers":
-                model[i] = torch.compile(model[i], backend=backend, fullgraph=True)
-        if what == "model":
-            if how == "compile()":
-                model.compile(backend=backend, fullgraph=True)
-            else:
-                model = torch.compile(model, backend=backend, fullgraph=True)
-        optimizer = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
-        assert optimizer._order is not None
-        # another one's hooks, which stay when it is gone
-        other = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
-        other._order._watch([])  # type: ignore[union-attr]
-        other._order._watch([0, 2])  # type: ignore[union-attr]
-        del other
-        for t in range(6):
-            if t == 3 and how == "compile()" and what == "layers":
-                optimizer.synchronize()  # compile() forgets the hook
-                model[1].compile(backend=backend, fullgraph=True)
-            x = torch.ones(4, 16) * (rank + t + 1)
-            model(x).square().sum().backward()
-            optimizer.step()
-            assert optimizer._gatherer is not None
-            pending = len(optimizer._gatherer._pending)
-            if not (t == 3 and how == "compile()" and what == "layers"):
-                assert pending > 5, (how, what, t)
-            optimizer.zero_grad()
-        optimizer.synchronize()
-        copy.deepcopy(model)
-        return [p.detach() for p in model.parameters()], len(graphs)
-
-    plain, _ = trained("plain")
-    for how in ("compile() layers", "wrapped layers", "compile() model", "wrapped model"):
-        with late_collectives():
-            params, graphs = trained(how)
-        assert graphs == 1, (how, graphs)  # equal layers share one
-        torch.testing.assert_close(params, plain, rtol=0, atol=0)
-    return True
-
-
-def test_compiled_modules_wait_outside_of_their_graph(tmp_path: Path) -> None:
-    assert run_ranks(2, tmp_path, _compiled) == [True] * 2
-
-
-def test_reading_params(tmp_path: Path) -> None:
-    assert run_ranks(2, tmp_path, _reading) == [True] * 2
-
-
-def _half(rank: int, world: int) -> dict[str, Any]:
-    """bfloat16 gradients that travel, and add up, in float32."""
-    found = {}
-    for name, options in {
-        "own": {},
-        "reduce_dtype": {"reduce_dtype": torch.float32},
-        "sharded": {"accumulate": "sharded"},
-    }.items():
-        torch.manual_seed(0)
-        p = nn.Parameter(torch.ones(3000, dtype=torch.bfloat16))
-        optimizer = ShardedLamb([p], **options)
-        for t in range(2):
-            for k in range(4):
-                # 1 + 4 * 2^-9 has more bits than bfloat16; the gradients of each rank have not
-                with optimizer.no_sync():
-                    (p.sum() * (2.0**-9 if (k + rank) % 4 else 1.0)).backward()
-            p_sum = p.sum() * 0.0
-            p_sum.backward()
-            optimizer.step()
-            if t == 0:
-                first = optimizer._buffers.shards[0]  # type: ignore[union-attr]
-                found[name] = (str(first.grads.dtype), float(first.grads.view(-1)[0]))
-            optimizer.zero_grad()
-    return found
-
-
-def test_reduce_dtype(tmp_path: Path) -> None:
-    for found in run_ranks(2, tmp_path, _half):
-        assert found["own"][0] == "torch.bfloat16"
-        assert found["reduce_dtype"][0] == found["sharded"][0] == "torch.float32"
 
 
 def _refusals(rank: int, world: int) -> bool:

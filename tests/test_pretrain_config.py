@@ -55,6 +55,8 @@ def test_defaults_and_types(write) -> None:
     assert type(config.optim.lr) is float
     assert config.optim.betas == (0.8, 0.0)
     assert config.optim.engine == "sharded"
+    assert config.optim.nonfinite == config.optim.lamb_options()["nonfinite"] == "skip"
+    assert config.train.max_skipped_in_a_row == 10
     assert config.run_dir == Path("runs/run")
     assert json.loads(json.dumps(config.as_dict()))["data"]["seq_len"] == 32
 
@@ -87,6 +89,8 @@ def test_bert_large_recipes_are_nvidias() -> None:
         ("optim.lr=1e-3", "optim", "lr", 1e-3),
         ("optim.stage=1", "optim", "stage", 1),
         ("optim.betas=[0.5, 0.6]", "optim", "betas", (0.5, 0.6)),
+        ("optim.nonfinite=propagate", "optim", "nonfinite", "propagate"),
+        ("train.max_skipped_in_a_row=0", "train", "max_skipped_in_a_row", 0),
         ("train.run_dir=2024", "train", "run_dir", "2024"),
         ("train.run_dir='a b'", "train", "run_dir", "a b"),
         ("data.path=/texts/*.txt", "data", "path", "/texts/*.txt"),
@@ -129,6 +133,15 @@ BAD_FILES = [
     (toml(optim__betas="[0.9]"), "optim.betas must be a list of 2 values, each a number >= 0"),
     (toml(optim__betas="[0.9, 1.0]"), "optim.betas must be a list of 2 values, each a number >="),
     (toml(data__mask_fraction="1.0"), "data.mask_fraction must be a number > 0 and < 1, got 1.0"),
+    (
+        toml(optim__nonfinite='"ignore"'),
+        "optim.nonfinite must be one of 'skip', 'propagate', got 'ignore' (str)",
+    ),
+    (toml(optim__nonfinite="true"), "optim.nonfinite must be one of 'skip', 'propagate', got True"),
+    (toml(optim__nonfinit='"skip"'), "unknown key optim.nonfinit; did you mean optim.nonfinite?"),
+    (toml(train__max_skipped_in_a_row="-1"), "train.max_skipped_in_a_row must be an integer >= 0"),
+    (toml(train__max_skipped_in_a_row="1.5"), "train.max_skipped_in_a_row must be an integer >= 0"),
+    (toml(train__max_skipped_in_row="1"), "did you mean train.max_skipped_in_a_row?"),
     (toml(data__path="3"), "data.path must be a string, got 3 (int)"),
     (toml(data__seq_len="65"), "data.seq_len (65) is longer than model.max_position_embeddings"),
     (toml(model__hidden_size="66"), "model.hidden_size (66) must be a multiple of num_attention"),

@@ -7,27 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrain_runs import CRASHING, ROOT, difference, run_here, torchrun
 from pretraining.report import read_log
-from test_pretrain_run import (  # noqa: F401  # the first two are fixtures
-    CRASHING,
-    ROOT,
-    _leave_no_process_group,
-    config,
-    difference,
-    run_here,
-    torchrun,
-)
 
 from dist_lamb.checkpoint import Checkpoint, checkpoints
+
+pytestmark = pytest.mark.usefixtures("no_process_group_left")
 
 FSDP2 = "optim.engine=fsdp2"
 
 
 @pytest.mark.xdist_group("distributed")
-def test_same_curve_as_sharded_and_resume_across_engines(
-    config: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_same_curve_as_sharded_and_resume_across_engines(config: Path, tmp_path: Path) -> None:
     sharded = run_here(config, tmp_path / "sharded")
     assert sharded[-1]["loss"] < sharded[0]["loss"] - 0.3
 

@@ -10,47 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import WORLDS, each_world, run_ranks
+from sharded_cases import OPTIONS, STEPS, state_of, train
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_lamb import Lamb, ShardedLamb
 
 pytestmark = pytest.mark.xdist_group("distributed")
-
-OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
-STEPS = 5
-#: fc.weight is without gradient everywhere at step 1, tile.weight at every step.
-ABSENT = {1: ("fc.weight", "tile.weight")}
-
-
-def train(
-    optimizer: Any, params: dict[str, Tensor], rank: int, world: int, steps: range = range(STEPS)
-) -> None:
-    for t in steps:
-        mean = models.mean_gradients(params, t, ABSENT.get(t, ("tile.weight",)))
-        for name, g in models.rank_gradients(mean, rank, world, t).items():
-            params[name].grad = g
-        # one rank alone has no gradient for norm.weight: it counts as zero there, so the others
-        # must carry its share for the mean to stay what it is
-        if world > 1 and "norm.weight" in mean:
-            params["norm.weight"].grad = mean["norm.weight"] * world if rank == 1 else None
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def state_of(optimizer: Any) -> dict[str, Tensor]:
-    """Whole state tensors, by '<param> <state>'."""
-    full = getattr(optimizer, "full_optimizer_state_dict", optimizer.state_dict)()
-    names = [n for group in full["param_groups"] for n in group["param_names"]]
-    ids = [i for group in full["param_groups"] for i in group["params"]]
-    return {
-        f"{name} {key}": value.clone()
-        for name, i in zip(names, ids)
-        for key, value in full["state"].get(i, {}).items()
-    }
-
-
 #: (impl, stage, bucket_numel), the first of each impl being what the others must equal
 RUNS = [
     ("reference", 1, 2**24),
@@ -160,8 +126,6 @@ def test_communication_is_minimal(tmp_path: Path) -> None:
 def _features(rank: int, world: int) -> dict[str, Any]:
     """Many small checks in one spawn; each raises where it fails."""
     for check in (
-        _broadcasts,
-        _differing_ranks_are_refused,
         _frozen_and_tied,
         _same_keys_everywhere,
         _accumulation,
@@ -171,10 +135,6 @@ def _features(rank: int, world: int) -> dict[str, Any]:
         _overflow_on_one_rank,
         _nan_is_seen_by_all,
         _added_group,
-        _replaced_memory,
-        _negative_zero_gradients,
-        _module_with_mesh,
-        _channels_last,
     ):
         check(rank, world)
         dist.barrier()
@@ -191,39 +151,8 @@ def _same_everywhere(t: Tensor, world: int) -> bool:
     return all(torch.equal(everyone[0], other) for other in everyone)
 
 
-def _broadcasts(rank: int, world: int) -> None:
-    torch.manual_seed(rank)
-    model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.BatchNorm1d(40))
-    model[1].running_mean.fill_(rank + 1.0)
-    frozen = model[0].bias.requires_grad_(False)
-    optimizer = ShardedLamb(model)
-    torch.manual_seed(0)
-    expected = torch.nn.Linear(50, 40)
-    assert torch.equal(model[0].weight, expected.weight)
-    assert torch.equal(frozen, expected.bias)
-    assert bool((model[1].running_mean == 1.0).all())
-    assert optimizer._all_names() == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-def _differing_ranks_are_refused(rank: int, world: int) -> None:
-    cases: list[tuple[Any, str]] = [
-        ({"w": (3, 4), "v": (4 + (rank == 1),)}, r"rank 0 has v \(4,\).*rank 1 has v \(5,\)"),
-        ({"w": (3, 4)} if rank == 2 else {"w": (3, 4), "v": (4,)}, "rank 0 has v .*rank 2 has"),
-        ({("w" if rank else "u"): (3, 4)}, "rank 0 has u .*rank 1 has w"),
-    ]
-    for shapes, message in cases:
-        params = [(n, torch.nn.Parameter(torch.ones(s))) for n, s in shapes.items()]
-        with pytest.raises(ValueError, match=message):
-            ShardedLamb(params)
-    dtype = torch.bfloat16 if rank > 1 else torch.float32
-    w = [("w", torch.nn.Parameter(torch.ones(3, 3, dtype=dtype)))]
-    with pytest.raises(ValueError, match=r"rank 0 has w .*float32.* rank 2 has w .*bfloat16"):
-        ShardedLamb(w)
-    with pytest.raises(ValueError, match=r"'lr': 0.1.*rank 2 has .*'lr': 0.2"):
-        ShardedLamb([("w", torch.nn.Parameter(torch.ones(3)))], lr=0.2 if rank == 2 else 0.1)
-
-
 def _frozen_and_tied(rank: int, world: int) -> None:
+    torch.manual_seed(0)  # ranks start alike: params are broadcast, frozen ones too
     model = torch.nn.Sequential(*(torch.nn.Linear(60, 60) for _ in range(3)))
     model[1].weight = model[0].weight
     model[2].requires_grad_(False)
@@ -402,72 +331,3 @@ def _added_group(rank: int, world: int) -> None:
             o.step()
     assert models.digest(params) == models.digest(reference)
     assert float(optimizer.state[params["late"]]["step"]) == 2
-
-
-def _replaced_memory(rank: int, world: int) -> None:
-    """Somebody replaces p.data (loaders, .to()): values are taken over, other tensors refused."""
-    for dtype in (torch.float32, torch.bfloat16):
-        runs = []
-        # of all params, or of none that stands for others (FlatBuffers.may_adopt_late)
-        for replaced in ("none", "all", "some"):
-            params = models.make_params(dtype)
-            more = (torch.full((5,), i / 20, dtype=dtype) for i in range(20))
-            params |= {f"more{i}": torch.nn.Parameter(t) for i, t in enumerate(more)}
-            optimizer = ShardedLamb(models.groups_of(params), **OPTIONS)
-            for t in range(3):
-                for i, p in enumerate(params.values()):
-                    if replaced == "all" or (replaced == "some" and i == 1):
-                        p.data = p.data.clone()
-                if replaced == "some" and t:
-                    late = optimizer._buffers.may_adopt_late()  # type: ignore[union-attr]
-                    assert late == (dtype == torch.bfloat16)
-                train(optimizer, params, rank, world, range(t, t + 1))
-            runs.append(models.digest(params))
-        assert len(set(runs)) == 1
-        params["emb.weight"].data = params["emb.weight"].data.double()
-        with pytest.raises(RuntimeError, match=r"emb.weight was \(97, 64\) torch\.\w+ .*float64"):
-            optimizer.step()
-
-
-def _negative_zero_gradients(rank: int, world: int) -> None:
-    """A gradient of -0.0 is a gradient: decay shrinks the param, and its step counts."""
-    for reduce_gradients in (True, False):
-        params = models.make_params()
-        before = params["emb.weight"].detach().clone()
-        optimizer = ShardedLamb(models.groups_of(params), lr=0.1, reduce_gradients=reduce_gradients)
-        params["emb.weight"].grad = torch.full_like(params["emb.weight"], -0.0)
-        optimizer.step()
-        # rho = ||x|| / ||wd x||: by exactly 1 - lr, whatever wd is
-        torch.testing.assert_close(params["emb.weight"].detach(), before * 0.9)
-        assert float(optimizer.state[params["emb.weight"]]["step"]) == 1
-        assert float(optimizer.state[params["fc.weight"]]["step"]) == 0
-
-
-def _module_with_mesh(rank: int, world: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
-    model = torch.nn.Linear(300, 7)
-    optimizer = ShardedLamb(model, mesh=mesh)
-    model(torch.ones(2, 300)).sum().backward()
-    optimizer.step()
-    assert sorted(optimizer.trust_ratios()) == ["bias", "weight"]
-    with pytest.raises(ValueError, match="either process_group or mesh"):
-        ShardedLamb(model, mesh=mesh, process_group=mesh.get_group())
-    cube = init_device_mesh("cpu", (1, 1, world))
-    with pytest.raises(ValueError, match=r"one axis \(shard\) or two .* expected, got 3"):
-        ShardedLamb(model, mesh=cube)
-
-
-def _channels_last(rank: int, world: int) -> None:
-    runs = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(1)
-        p = torch.nn.Parameter(torch.randn(16, 32, 3, 3).to(memory_format=memory_format))
-        optimizer = ShardedLamb([("w", p)], lr=0.1)
-        for t in range(3):
-            generator = torch.Generator().manual_seed(t)
-            p.grad = torch.randint(-99, 99, p.shape, generator=generator) / 64.0
-            optimizer.step()
-        assert p.is_contiguous(memory_format=memory_format)
-        runs.append((p.detach(), state_of(optimizer)["w exp_avg"]))
-    torch.testing.assert_close(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])

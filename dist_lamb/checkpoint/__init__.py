@@ -1,12 +1,12 @@
-"""Checkpoints that outlive crashes and resharding.
+"""Checkpoints: written atomically, and loaded at any number of ranks and into any sharding.
 
 ::
 
     checkpoint.save("run/checkpoints", step, model, optimizer, stateful={"lr": scheduler}, keep=3)
     checkpoint.load("run/checkpoints", model, optimizer, stateful={"lr": scheduler})
 
-What 4 ranks saved loads into 3, into one, into FSDP2 and back, bit by bit the same. A checkpoint is
-there whole or not at all; loading one never runs code from it.
+A checkpoint of 4 ranks loads into 3 ranks, into one, and into FSDP2 or back, bit by bit the same.
+After a crash a checkpoint is complete or absent. Loading one never runs code from it.
 """
 
 from .errors import CheckpointError

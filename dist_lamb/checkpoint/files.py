@@ -1,15 +1,15 @@
-"""The files of one checkpoint: what they hold, and how to tell that they are whole.
+"""The files of one checkpoint: format, writing, reading and checksums.
 
 ::
 
     step-100/manifest.json    step, world size; bytes and SHA-256 of every other file
              tensors.json     {key: {dtype, shape, chunks: [{offsets, sizes, file, at}]}}
-             state.json       what is no tensor
+             state.json       everything but tensors
              rank-0.bin ...   the elements of the chunks that rank 0 wrote: row-major,
                               little-endian, each chunk from byte ``at`` on
 
-A chunk is a box of a tensor. Nothing is pickled, and no name in these files is followed out of
-their folder, so opening a checkpoint from anywhere is safe.
+A chunk is a box of a tensor. Nothing is pickled, and no file name can refer to another folder, so
+opening an untrusted checkpoint is safe.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .plain import DTYPE_NAMES, DTYPES, decode, memory_of
+from .json_codec import DTYPE_NAMES, DTYPES, decode, memory_of
 
 FORMAT = "dist_lamb"
 VERSION = 1
@@ -54,7 +54,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and the byte of a file at which its elements start."""
+    """A box of a tensor, and the file and byte offset of its elements."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -64,7 +64,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole tensor: its chunks cover it."""
+    """A whole tensor, which its chunks cover."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -72,51 +72,51 @@ class Entry:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn an OSError into a ``CheckpointError`` that says which file it is about."""
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise a ``CheckpointError`` that names the file instead of an OSError."""
     try:
         yield
     except OSError as error:
-        found = Path(error.filename) if isinstance(error.filename, str) else path
-        raise CheckpointError(f"{found}: {error.strerror or error}") from error
+        file = Path(error.filename) if isinstance(error.filename, str) else path
+        raise CheckpointError(f"{file}: {error.strerror or error}") from error
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 class DataFile:
-    """A new file to which tensors are appended; on disk, and summed, when the context is left."""
+    """A new file to which tensors are appended; at the end of the context it is synced to disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> DataFile:
-        # Unbuffered: tensors are written from their own memory, and an error shows at once.
+        # Unbuffered: tensors are written without a copy, and an error is raised at once.
         self._file = self.path.open("xb", buffering=0)
-        self._sum = hashlib.sha256()
+        self._sha256 = hashlib.sha256()
         self._nbytes = 0
         return self
 
     def append(self, t: Tensor) -> int:
-        """Write the elements of ``t``, row-major; the byte they start at."""
+        """Write the elements of ``t``, row-major; returns the byte offset of the first."""
         self._write(memoryview(bytes(-self._nbytes % ALIGNMENT)))
-        at = self._nbytes
-        whole = t.detach().cpu().contiguous()
-        self._write(memory_of(whole))
-        return at
+        offset = self._nbytes
+        elements = t.detach().cpu().contiguous()
+        self._write(memory_of(elements))
+        return offset
 
     def text(self, text: str) -> None:
         self._write(memoryview(text.encode()))
 
     def _write(self, data: memoryview) -> None:
-        self._sum.update(data)
+        self._sha256.update(data)
         self._nbytes += len(data)
         while len(data):
             data = data[self._file.write(data) :]
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -126,7 +126,7 @@ class DataFile:
 
     @property
     def info(self) -> FileInfo:
-        return FileInfo(self._nbytes, self._sum.hexdigest())
+        return FileInfo(self._nbytes, self._sha256.hexdigest())
 
 
 def write_text(path: Path, text: str) -> FileInfo:
@@ -165,7 +165,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk; without it a power cut may forget whole files."""
+    """Sync a folder's entries to disk; without it a power failure may lose whole files."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -177,18 +177,18 @@ def sync_folder(path: Path) -> None:
 
 
 class Checkpoint:
-    """A checkpoint that is on disk, opened for reading.
+    """A checkpoint on disk, opened for reading.
 
     Raises:
-        CheckpointError: not a checkpoint, or a damaged one, naming the file. The data files are
-            checked by :meth:`verify`.
+        CheckpointError: not a checkpoint, or a damaged one, naming the file. Data files are
+            checked by :meth:`verify` only.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         manifest = _json(self.path / MANIFEST, _read(self.path / MANIFEST))
         try:
-            kind, version, order = (manifest[k] for k in ("format", "version", "byteorder"))
+            format_name, version, order = (manifest[k] for k in ("format", "version", "byteorder"))
             digest = manifest.pop("sha256")
             self.step = int(manifest["step"])
             self.world_size = int(manifest["world_size"])
@@ -199,10 +199,10 @@ class Checkpoint:
             }
         except (KeyError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"{self.path / MANIFEST}: not a checkpoint's manifest") from None
-        if kind != FORMAT or version != VERSION:
+        if format_name != FORMAT or version != VERSION:
             raise CheckpointError(
-                f"{self.path / MANIFEST}: format {kind} {version}; this program reads {FORMAT} "
-                f"{VERSION}"
+                f"{self.path / MANIFEST}: format {format_name} {version}; "
+                f"this program reads {FORMAT} {VERSION}"
             )
         if digest != _digest(manifest):
             raise CheckpointError(f"{self.path / MANIFEST}: damaged: its SHA-256 does not match")
@@ -217,7 +217,7 @@ class Checkpoint:
 
     def _index(self) -> dict[str, Entry]:
         content = _json(self.path / TENSORS, self._verified(TENSORS))
-        found = {}
+        entries = {}
         for key, value in content.items():
             try:
                 chunks = tuple(
@@ -233,8 +233,8 @@ class Checkpoint:
             except (KeyError, TypeError, ValueError):
                 raise CheckpointError(f"{self.path / TENSORS}: {key}: not understood") from None
             self._check(key, entry)
-            found[key] = entry
-        return found
+            entries[key] = entry
+        return entries
 
     def _check(self, key: str, entry: Entry) -> None:
         for c in entry.chunks:
@@ -249,7 +249,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What is no tensor: ``about``, ``groups``, ``stateful``, ``extra``."""
+        """Everything but tensors: ``about``, ``groups``, ``stateful``, ``extra``."""
         path = self.path / STATE
         content = _json(path, self._verified(STATE))
         try:
@@ -259,7 +259,7 @@ class Checkpoint:
 
     @property
     def extra(self) -> Any:
-        """What :func:`save` was given as ``extra``."""
+        """The argument ``extra`` of :func:`save`."""
         return self.state.get("extra")
 
     def _verified(self, name: str) -> bytes:
@@ -281,13 +281,13 @@ class Checkpoint:
             )
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Read every file, or every ``world_size``-th from the ``rank``-th on, and compare it.
+        """Compare every ``world_size``-th file, from the ``rank``-th on, with its checksum.
 
-        Raises ``CheckpointError`` naming the first that is missing, cut or changed.
+        Raises ``CheckpointError`` naming the first that is missing, truncated or changed.
         """
         for name in sorted(self.files)[rank::world_size]:
             path = self.path / name
-            with open_file(path) as file, naming(path):
+            with open_file(path) as file, os_errors(path):
                 nbytes = os.fstat(file.fileno()).st_size
                 self._compare(name, nbytes, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -295,25 +295,25 @@ class Checkpoint:
         """The box of ``sizes`` at ``offsets`` within a chunk, on the CPU."""
         path, dtype = self.path / chunk.file, self.tensors[key].dtype
         rows = tuple(sizes[:1]) + chunk.sizes[1:]
-        found = torch.empty(rows, dtype=dtype)
-        # Whole rows are read, and nothing before the first or after the last that is wanted.
+        box = torch.empty(rows, dtype=dtype)
+        # Whole rows are read, and none before the first or after the last that is needed.
         first = offsets[0] * math.prod(chunk.sizes[1:]) if sizes else 0
-        with open_file(path) as file, naming(path):
+        with open_file(path) as file, os_errors(path):
             file.seek(chunk.at + first * dtype.itemsize)
-            rest = memory_of(found)
+            rest = memory_of(box)
             while len(rest):  # a system call moves 2 GiB at most
                 count = file.readinto(rest)
                 if not count:
                     raise CheckpointError(f"{path}: damaged: it ends early")
                 rest = rest[count:]
         for dim in range(1, len(sizes)):
-            found = found.narrow(dim, offsets[dim], sizes[dim])
-        return found
+            box = box.narrow(dim, offsets[dim], sizes[dim])
+        return box
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor, on the CPU.
 
-        Raises ``CheckpointError`` if there is none of that name.
+        Raises ``CheckpointError`` if no tensor has that name.
         """
         if key not in self.tensors:
             raise CheckpointError(f"{self.path}: no tensor {key}")
@@ -326,9 +326,9 @@ class Checkpoint:
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A regular file, opened for reading. Links are refused: they lead out of the checkpoint."""
+    """A regular file, opened for reading. Links are refused: they may point to other folders."""
     try:
-        # Without O_NONBLOCK a pipe of that name would block for ever.
+        # Without O_NONBLOCK opening a pipe would block forever.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else error.strerror
@@ -340,7 +340,7 @@ def open_file(path: Path) -> io.FileIO:
 
 
 def _read(path: Path) -> bytes:
-    with open_file(path) as file, naming(path):
+    with open_file(path) as file, os_errors(path):
         return file.read()
 
 

@@ -1,4 +1,7 @@
-"""A flat piece of a param, as boxes of the whole param that any other layout can read."""
+"""A flat range of a param's memory as boxes of the whole param.
+
+Boxes can be read into any other sharding of the param.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,9 @@ Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Cut elements ``[start, stop)`` of a row-major tensor into boxes, in the order of memory.
+    """Split elements ``[start, stop)`` of a row-major tensor into boxes, in memory order.
 
-    At most 2 ndim - 1 of them: part of a row, whole rows, part of a row, for each dim but the last
-    one.
+    At most 2 ndim - 1 boxes: part of a row, whole rows and part of a row for each dim but the last.
     """
     if start >= stop:
         return
@@ -49,8 +51,8 @@ class Fragment:
 
     Args:
         shape, stride: of the whole param, which is dense: its memory has no gaps, but its dims may
-            lie there in any order (channels_last).
-        flat: the elements [n], a view of the memory where they live. Loading writes to it.
+            be in any order (channels_last).
+        flat: the elements [n], a view of the param's or state's memory. Loading writes to it.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class Fragment:
         self.shape, self.stride = torch.Size(shape), tuple(stride)
         self.start, self.flat = start, flat
 
-    def elsewhere(self, flat: Tensor) -> Fragment:
-        """The same elements, living in ``flat``."""
+    def with_flat(self, flat: Tensor) -> Fragment:
+        """The same elements in other memory, ``flat``."""
         return Fragment(self.shape, self.stride, self.start, flat)
 
     @cached_property
@@ -68,12 +70,12 @@ class Fragment:
         """{offsets: box}, views of ``flat``."""
         # Dims from the slowest in memory to the fastest.
         order = sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])
-        back = [order.index(dim) for dim in range(len(self.shape))]
-        memory, stop = [self.shape[dim] for dim in order], self.start + self.flat.numel()
-        found, at = {}, 0
-        for offsets, sizes in boxes(memory, self.start, stop):
+        inverse = [order.index(dim) for dim in range(len(self.shape))]
+        memory_shape, stop = [self.shape[dim] for dim in order], self.start + self.flat.numel()
+        parts, position = {}, 0
+        for offsets, sizes in boxes(memory_shape, self.start, stop):
             numel = math.prod(sizes)
-            part = self.flat[at : at + numel].view(sizes).permute(back)
-            found[tuple(offsets[i] for i in back)] = part
-            at += numel
-        return found
+            part = self.flat[position : position + numel].view(sizes).permute(inverse)
+            parts[tuple(offsets[i] for i in inverse)] = part
+            position += numel
+        return parts

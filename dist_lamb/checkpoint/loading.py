@@ -1,4 +1,4 @@
-"""Reading a checkpoint into a model and an optimizer, cut in any way."""
+"""Reading a checkpoint into a model and an optimizer, sharded in any way."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 from ..base import LambBase
 from ..sharding.comm import Comm, ProcessGroup, host_comm
-from . import contents, folder, storage
+from . import folder, schema, storage
+from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
 from .files import Checkpoint
 from .saving import Stateful, wait
-from .together import on_first, together
 
 
 def load(
@@ -24,82 +24,82 @@ def load(
     optimizer: LambBase | None = None,
     *,
     stateful: Mapping[str, Stateful] | None = None,
-    options: contents.WhichOptions = "same",
+    options: schema.WhichOptions = "same",
     rng: bool = True,
     verify: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint into what :func:`save` was given; every rank calls it.
+    """Read a checkpoint into a model and an optimizer; every rank calls it.
 
-    It does not matter how many ranks wrote it, nor whether it was a ``Lamb`` on one device or on
-    DTensors or a ``ShardedLamb``: the state is the same, bit by bit, and each rank reads what it
-    needs of it.
+    Any number of ranks may have written it, with a ``Lamb`` on one device, a ``Lamb`` on DTensors
+    or a ``ShardedLamb``: the state is the same, bit by bit. Each rank reads the parts it needs.
 
     Args:
-        path: a checkpoint, or the folder of a run, for its latest.
-        model: alone, to take the weights from another run.
+        path: a checkpoint, or a folder of checkpoints, for its latest.
+        model: without an optimizer, to start from the weights of another run.
         optimizer: with the same params in the same groups as the one that was saved.
         stateful: what to restore, by the names it was saved under.
         options: ``"same"``: an option other than lr that differs from the checkpoint's is an
-            error, since training on would silently be another run; lr is the checkpoint's.
+            error, since training would silently continue as another run; lr is the checkpoint's.
             ``"saved"``: the checkpoint's options replace the optimizer's, as in torch's
-            ``load_state_dict``. ``"own"``: the optimizer's stay, lr too.
+            ``load_state_dict``. ``"own"``: the optimizer's are kept, including lr. The count of
+            skipped steps is the checkpoint's, or with ``"own"`` the optimizer's.
         rng: restore the random number generators, if as many ranks wrote as read.
         verify: compare the checksums of all files, each read by one of the ranks. Without it
-            damage may go unseen, or show when a part is loaded already.
+            damage may not be detected, or only after a part is loaded.
         process_group: as for :func:`save`.
 
     Returns the checkpoint, with ``step``, ``extra`` and more.
 
     Raises:
-        CheckpointError: on every rank alike, naming the file that is missing or damaged, or the
-            param or option that does not fit; nothing is changed then.
+        CheckpointError: on every rank, naming the file that is missing or damaged, or the param
+            or option that does not match. Nothing is changed then.
     """
     wait()
     comm = host_comm(process_group)
-    found = on_first(comm, lambda: folder.resolve(path))
+    resolved = on_rank_zero(comm, lambda: folder.resolve(path))
 
-    def opened() -> tuple[Checkpoint, contents.Names]:
-        if options not in get_args(contents.WhichOptions):
+    def open_and_check() -> tuple[Checkpoint, schema.Names]:
+        if options not in get_args(schema.WhichOptions):
             raise CheckpointError(f"Invalid options: {options!r}; same, saved or own")
-        checkpoint = Checkpoint(found)
-        names = contents.Names(model, optimizer)
+        checkpoint = Checkpoint(resolved)
+        names = schema.Names(model, optimizer)
         if optimizer is not None:
-            contents.check_groups(checkpoint, names, optimizer, options)
-        contents.check_tensors(checkpoint, names)
+            schema.check_groups(checkpoint, names, optimizer, options)
+        schema.check_tensors(checkpoint, names)
         for key in stateful or {}:
             if key not in checkpoint.state["stateful"]:
-                raise CheckpointError(f"{found}: has no state of {key}")
+                raise CheckpointError(f"{resolved}: has no state of {key}")
         if verify:
             checkpoint.verify(comm.rank, comm.world_size)
         return checkpoint, names
 
-    checkpoint, names = together(comm, opened)
+    checkpoint, names = collective_try(comm, open_and_check)
     _load_stateful(checkpoint, stateful or {}, comm)
-    targets = together(comm, lambda: contents.Targets(checkpoint, names, optimizer))
+    targets = collective_try(comm, lambda: schema.Targets(checkpoint, names, optimizer))
     row = _rng_row(checkpoint, names, comm) if rng else None
     if row is not None:
         targets.tensors["rng"] = row
     storage.read_into(targets.tensors, checkpoint, comm)
     targets.finish()
     if optimizer is not None:
-        contents.apply_groups(checkpoint, optimizer, options)
+        schema.apply_groups(checkpoint, optimizer, options)
     if row is not None:
-        contents.restore_rng(row.flat, contents.device_of(names))
+        schema.restore_rng(row.flat, schema.device_of(names))
     return checkpoint
 
 
-def _rng_row(checkpoint: Checkpoint, names: contents.Names, comm: Comm) -> Any:
-    if not contents.rng_fits(checkpoint, comm.world_size):
+def _rng_row(checkpoint: Checkpoint, names: schema.Names, comm: Comm) -> Any:
+    if not schema.rng_fits(checkpoint, comm.world_size):
         return None
-    return contents.rng_to_save(comm.rank, comm.world_size, contents.device_of(names))
+    return schema.rng_to_save(comm.rank, comm.world_size, schema.device_of(names))
 
 
 def _load_stateful(checkpoint: Checkpoint, stateful: Mapping[str, Stateful], comm: Comm) -> None:
-    """All of them on all ranks, or none: what was loaded is put back where any refuses."""
+    """All of them on all ranks, or none: if any fails, those already loaded are restored."""
     before: dict[str, dict[str, Any]] = {}
 
-    def each() -> None:
+    def load_all() -> None:
         for key, target in stateful.items():
             before[key] = copy.deepcopy(target.state_dict())
             try:
@@ -108,7 +108,7 @@ def _load_stateful(checkpoint: Checkpoint, stateful: Mapping[str, Stateful], com
                 raise CheckpointError(f"{checkpoint.path}: {key}: {error}") from error
 
     try:
-        together(comm, each)
+        collective_try(comm, load_all)
     except CheckpointError:
         for key, state in before.items():
             stateful[key].load_state_dict(state)

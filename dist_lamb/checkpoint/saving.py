@@ -1,4 +1,4 @@
-"""Writing checkpoints, at once or beside the training."""
+"""Writing checkpoints, in the foreground or in a background thread."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from ..base import LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import Comm, ProcessGroup, host_comm, is_dtensor
-from . import contents, folder, storage
+from . import folder, schema, storage
+from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
 from .fragments import Fragment
-from .plain import encode
-from .together import on_first, together
+from .json_codec import encode
 
 
 class Stateful(Protocol):
-    """What has a state to save: an lr schedule, a GradScaler, a data loader."""
+    """An object whose state is saved: an lr schedule, a GradScaler, a data loader."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
@@ -31,7 +31,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """All that is to be written: tensors where they lie, or copies, and the rest as JSON."""
+    """Everything to be written: tensors or, with ``staged``, copies of them; the rest as JSON."""
 
     tensors: dict[str, Any]
     state: str
@@ -39,27 +39,27 @@ class _Snapshot:
 
 
 class Pending:
-    """A checkpoint that is being written beside the training."""
+    """A checkpoint that is being written in the background."""
 
     def __init__(self, work: Future[Path]) -> None:
         self._work = work
 
     def done(self) -> bool:
-        """Whether it is written, or failed; other ranks may see another answer."""
+        """Whether it is written, or failed, on this rank; other ranks may differ."""
         return self._work.done()
 
     def wait(self) -> Path:
-        """Wait until it is there; its folder. Raises ``CheckpointError`` if it failed."""
-        global _in_flight
-        if _in_flight is self:
-            _in_flight = None  # what it has to say is said once
+        """Wait until it is written; its folder. Raises ``CheckpointError`` if it failed."""
+        global _pending
+        if _pending is self:
+            _pending = None  # its error is raised once
         return self._work.result()
 
 
-# One thread for good: starting one takes longer than handing it work. A program that ends waits for
-# it, so its last checkpoint is not left half written.
-_beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dist_lamb.checkpoint")
-_in_flight: Pending | None = None
+# One thread for all saves: starting a thread takes longer than submitting work to it. The
+# interpreter waits for it at exit, so the last checkpoint is not left incomplete.
+_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dist_lamb.checkpoint")
+_pending: Pending | None = None
 _buffer: Tensor | None = None
 
 
@@ -78,29 +78,32 @@ def save(
     """Write ``directory/step-<step>``; every rank calls it, and every rank writes its own part.
 
     Args:
-        directory: of all checkpoints of a run, on a disk that all ranks share.
-        step: the number of steps done.
+        directory: of all checkpoints of a run, on a filesystem that all ranks share.
+        step: the number of completed steps.
         model: its parameters and buffers, by their names in ``model.state_dict()``.
         optimizer: a :class:`dist_lamb.Lamb` or :class:`dist_lamb.ShardedLamb` of this model: its
             moments, masters, step counts, and the options of its groups.
-        stateful: whatever has a ``state_dict()`` of plain data and small tensors, by a name of
-            your choice: the lr schedule, a GradScaler, the data loader. Rank 0's is saved.
-        extra: plain data of your own, e.g. ``{"tokens_seen": n}``; rank 0's is saved.
+        stateful: {name: object}, e.g. the lr schedule, a GradScaler, the data loader. Their
+            ``state_dict()`` may hold what ``extra`` may. Rank 0's is saved.
+        extra: numbers, text, bytes and small tensors, and lists, tuples and dicts of them, e.g.
+            ``{"tokens_seen": n}``. Rank 0's is saved.
         rng: save the random number generators (torch, CUDA, Python, NumPy) of every rank.
-        keep: remove all but the last so many checkpoints of ``directory``.
-        process_group: the ranks that train this model together; default all.
+        keep: the number of latest checkpoints of ``directory`` to keep; the others are removed.
+        process_group: the ranks that train this model; default all.
 
-    Returns the checkpoint's folder. It appears under that name complete and on disk, or not at all.
+    Returns the checkpoint's folder. After a crash it is complete and on disk, or absent.
 
     Raises:
-        CheckpointError: on every rank, if any could not do its part: naming a file that cannot be
-            written, a value that is no plain data, or a step that is there already. Or an earlier
-            :func:`save_async` failed, and nothing was tried now.
+        CheckpointError: on every rank, if any fails: naming a file that cannot be written, a value
+            that cannot be saved, or a step that exists already. Or an earlier :func:`save_async`
+            failed; then nothing is written.
     """
     wait()
     comm = host_comm(process_group)
-    taken = _caught(lambda: _snapshot(comm, step, model, optimizer, stateful, extra, rng, keep))
-    return _write(comm, Path(directory), step, taken, keep)
+    result = _result_or_error(
+        lambda: _snapshot(comm, step, model, optimizer, stateful, extra, rng, keep)
+    )
+    return _write(comm, Path(directory), step, result, keep)
 
 
 def save_async(
@@ -115,44 +118,44 @@ def save_async(
     keep: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Pending:
-    """As :func:`save`, but training goes on as soon as a copy is made in host memory.
+    """As :func:`save`, but writes a copy in host memory from a background thread.
 
-    A ``process_group`` must be one that nothing else uses, best of gloo: another thread works with
-    it. One checkpoint at a time: this waits first for the one before, and raises its error. Call
-    :func:`wait` before the process group is destroyed. The copy's memory, this rank's part of the
-    checkpoint and pinned if it comes from a GPU, is kept for the next one.
+    Returns when the copy is made or, from a GPU, queued on the current stream. A ``process_group``
+    must be one that nothing else uses, preferably gloo: the thread communicates over it. One
+    checkpoint is written at a time: this first waits for the one before, and raises its error. Call
+    :func:`wait` before the process group is destroyed. The memory of the copy, pinned if it is from
+    a GPU, is kept for the next one.
     """
-    global _in_flight
-    if process_group is not None and _trains(optimizer, process_group):
+    global _pending
+    if process_group is not None and _used_by(optimizer, process_group):
         raise ValueError("save_async needs a process_group of its own; make one by new_group()")
     wait()
     comm = host_comm(process_group)
 
-    def copied() -> _Snapshot:
+    def staged_snapshot() -> _Snapshot:
         global _buffer
-        now = _snapshot(comm, step, model, optimizer, stateful, extra, rng, keep)
-        staged = storage.stage(now.tensors, _buffer)
+        snapshot = _snapshot(comm, step, model, optimizer, stateful, extra, rng, keep)
+        staged = storage.stage(snapshot.tensors, _buffer)
         _buffer = staged.buffer
-        return _Snapshot(staged.tensors, now.state, staged)
+        return _Snapshot(staged.tensors, snapshot.state, staged)
 
-    # Not raised here: on this rank alone it would leave the others' threads waiting.
-    taken = _caught(copied)
-    _in_flight = Pending(_beside.submit(_write, comm, Path(directory), step, taken, keep))
-    return _in_flight
+    # Not raised here: an error on this rank alone would leave the threads of the others waiting.
+    result = _result_or_error(staged_snapshot)
+    _pending = Pending(_executor.submit(_write, comm, Path(directory), step, result, keep))
+    return _pending
 
 
 def wait() -> None:
-    """Wait for a :func:`save_async` that is still at work. Raises ``CheckpointError`` if it failed,
-    once."""
-    if _in_flight is not None:
-        _in_flight.wait()
+    """Wait for the last :func:`save_async`. Raises ``CheckpointError``, once, if it failed."""
+    if _pending is not None:
+        _pending.wait()
 
 
-def _trains(optimizer: LambBase | None, group: ProcessGroup) -> bool:
-    return isinstance(optimizer, ShardedLamb) and optimizer._comm.group is group
+def _used_by(optimizer: LambBase | None, group: ProcessGroup) -> bool:
+    return isinstance(optimizer, ShardedLamb) and optimizer.process_group is group
 
 
-def _caught(take: Callable[[], _Snapshot]) -> _Snapshot | Exception:
+def _result_or_error(take: Callable[[], _Snapshot]) -> _Snapshot | Exception:
     try:
         return take()
     except Exception as error:
@@ -173,17 +176,17 @@ def _snapshot(
         raise CheckpointError(f"step must be an integer >= 0, got {step!r}")
     if keep is not None and keep < 1:
         raise CheckpointError(f"keep must be None or at least 1, got {keep}")
-    names = contents.Names(model, optimizer)
-    tensors = contents.tensors_to_save(names, optimizer)
+    names = schema.Names(model, optimizer)
+    tensors = schema.tensors_to_save(names, optimizer)
     if comm.rank:
-        # What every rank has alike, rank 0 writes.
+        # Rank 0 writes what is the same on every rank.
         tensors = {k: t for k, t in tensors.items() if isinstance(t, Fragment) or is_dtensor(t)}
     if rng:
-        device = contents.device_of(names)
-        tensors["rng"] = contents.rng_to_save(comm.rank, comm.world_size, device)
+        device = schema.device_of(names)
+        tensors["rng"] = schema.rng_to_save(comm.rank, comm.world_size, device)
     state = {
-        "about": contents.about(names, optimizer),
-        "groups": contents.groups_to_save(names, optimizer),
+        "about": schema.about(names, optimizer),
+        "groups": schema.groups_to_save(names, optimizer),
         "stateful": {key: s.state_dict() for key, s in (stateful or {}).items()},
         "extra": extra,
     }
@@ -192,18 +195,18 @@ def _snapshot(
 
 
 def _write(
-    comm: Comm, directory: Path, step: int, taken: _Snapshot | Exception, keep: int | None
+    comm: Comm, directory: Path, step: int, result: _Snapshot | Exception, keep: int | None
 ) -> Path:
-    def usable() -> _Snapshot:
-        if isinstance(taken, Exception):
-            raise taken
-        if taken.staged is not None:
-            taken.staged.wait()
-        return taken
+    def completed() -> _Snapshot:
+        if isinstance(result, Exception):
+            raise result
+        if result.staged is not None:
+            result.staged.wait()
+        return result
 
-    snapshot = together(comm, usable)
-    aside = on_first(comm, lambda: folder.begin(directory, step))
-    storage.write(snapshot.tensors, aside, step, snapshot.state, comm)
+    snapshot = collective_try(comm, completed)
+    temporary = on_rank_zero(comm, lambda: folder.create_temporary(directory, step))
+    storage.write(snapshot.tensors, temporary, step, snapshot.state, comm)
     if keep is not None and comm.rank == 0:
         folder.retain(directory, keep)
     return directory / f"step-{step}"

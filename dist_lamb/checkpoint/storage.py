@@ -1,7 +1,7 @@
-"""The way to torch.distributed.checkpoint (DCP), which plans who writes and reads which box.
+"""The interface to torch.distributed.checkpoint (DCP), which plans which rank writes or reads what.
 
-DCP sees a flat dict {key: tensor}, where a tensor is plain, a DTensor or pieces of a whole. What
-it plans is stored by :mod:`.files` and not by DCP's own writers, whose metadata is a pickle.
+DCP gets a flat dict {key: tensor}, where a tensor is a whole tensor, a DTensor or ``LocalBoxes``.
+The files are written by :mod:`.files`, not by DCP's own writers, whose metadata is a pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ from .files import (
     DataFile,
     Entry,
     FileInfo,
-    naming,
+    os_errors,
     write_index,
     write_manifest,
     write_text,
@@ -63,8 +64,8 @@ from .folder import discard, publish
 from .fragments import Fragment
 
 
-class Pieces:
-    """Boxes of one whole tensor, by their offsets, in the form in which DCP takes them."""
+class LocalBoxes:
+    """This rank's boxes of one tensor, by their offsets; has the methods that DCP calls."""
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, parts: Mapping[tuple[int, ...], Tensor]
@@ -74,8 +75,8 @@ class Pieces:
         self._parts = parts
 
     @staticmethod
-    def of(fragment: Fragment) -> Pieces:
-        return Pieces(fragment.shape, fragment.flat.dtype, fragment.parts)
+    def of(fragment: Fragment) -> LocalBoxes:
+        return LocalBoxes(fragment.shape, fragment.flat.dtype, fragment.parts)
 
     def size(self) -> torch.Size:
         return self._shape
@@ -106,14 +107,14 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__(
             flatten_state_dict=False,
             flatten_sharded_tensors=False,
-            # Replicas of a shard: the first writes.
+            # Of the replicas of a shard only the lowest rank's is written.
             dedup_save_to_lowest_rank=True,
         )
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Pieces):
-            return found.__get_tensor_shard__(index)
+        value = self.state_dict[index.fqn]
+        if isinstance(value, LocalBoxes):
+            return value.__get_tensor_shard__(index)
         return super().lookup_object(index)
 
 
@@ -127,14 +128,14 @@ class _LoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        # Not DCP's, which would replace Pieces by None on its search for meta tensors.
+        # Not DCP's own, which looks for meta tensors and replaces LocalBoxes by None.
         self.state_dict, self.metadata = state_dict, metadata
         self.original_state_dict, self.is_coordinator = state_dict, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        if isinstance(found, Pieces):
-            return found.__get_tensor_shard__(index)
+        value = self.state_dict[index.fqn]
+        if isinstance(value, LocalBoxes):
+            return value.__get_tensor_shard__(index)
         tensor: Tensor = super().lookup_tensor(index)
         return tensor
 
@@ -144,7 +145,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a chunk went, and the file it is in, which every chunk of the file brings along."""
+    """A chunk that was written. Every chunk of a file holds the file's final size and checksum."""
 
     chunk: Chunk
     dtype: torch.dtype
@@ -152,10 +153,11 @@ class _Stored:
 
 
 class _Writer(StorageWriter):
-    """Writes this rank's chunks to one file in ``aside``; rank 0 then completes the checkpoint."""
+    """Writes this rank's chunks to one file; rank 0 then adds the other files and publishes."""
 
-    def __init__(self, aside: Path, step: int, world_size: int, state: str) -> None:
-        self._aside, self._step, self._world_size, self._state = aside, step, world_size, state
+    def __init__(self, temporary: Path, step: int, world_size: int, state: str) -> None:
+        self._temporary, self._step = temporary, step
+        self._world_size, self._state = world_size, state
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -173,15 +175,15 @@ class _Writer(StorageWriter):
         name: str = plan.storage_data
         written = []
         if plan.items:
-            path = self._aside / name
-            with naming(path), DataFile(path) as file:
+            path = self._temporary / name
+            with os_errors(path), DataFile(path) as file:
                 for item in plan.items:
                     t = planner.resolve_data(item)
                     assert isinstance(t, Tensor)
                     assert item.tensor_data is not None
                     box = item.tensor_data.chunk
-                    at = file.append(t)
-                    chunk = Chunk(tuple(box.offsets), tuple(box.sizes), name, at)
+                    offset = file.append(t)
+                    chunk = Chunk(tuple(box.offsets), tuple(box.sizes), name, offset)
                     written.append((item.index, chunk, t.dtype, t.nbytes))
         done: Future[list[WriteResult]] = Future()
         done.set_result(
@@ -195,36 +197,36 @@ class _Writer(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         chunks: dict[str, list[_Stored]] = {}
         files: dict[str, FileInfo] = {}
-        for result in (r for of_rank in results for r in of_rank):
+        for result in chain.from_iterable(results):
             stored: _Stored = result.storage_data
             chunks.setdefault(result.index.fqn, []).append(stored)
             files[stored.chunk.file] = stored.info
         index = {
             key: Entry(
-                found[0].dtype,
+                stored_chunks[0].dtype,
                 tuple(metadata.state_dict_metadata[key].size),  # type: ignore[union-attr]
-                tuple(s.chunk for s in found),
+                tuple(s.chunk for s in stored_chunks),
             )
-            for key, found in chunks.items()
+            for key, stored_chunks in chunks.items()
         }
-        with naming(self._aside):
-            files[TENSORS] = write_index(self._aside / TENSORS, index)
-            files[STATE] = write_text(self._aside / STATE, self._state)
-            write_manifest(self._aside / MANIFEST, self._step, self._world_size, files)
-        publish(self._aside, self._step)
+        with os_errors(self._temporary):
+            files[TENSORS] = write_index(self._temporary / TENSORS, index)
+            files[STATE] = write_text(self._temporary / STATE, self._state)
+            write_manifest(self._temporary / MANIFEST, self._step, self._world_size, files)
+        publish(self._temporary, self._step)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return False
 
 
-def write(tensors: dict[str, Any], aside: Path, step: int, state: str, comm: Comm) -> None:
-    """Write ``tensors`` and ``state`` (JSON) into ``aside``, which becomes ``step-<step>``.
+def write(tensors: dict[str, Any], temporary: Path, step: int, state: str, comm: Comm) -> None:
+    """Write ``tensors`` and ``state`` (JSON) into ``temporary``, which becomes ``step-<step>``.
 
-    A collective of ``comm``. Raises ``CheckpointError`` on every rank if any fails; no checkpoint
-    has come into being then.
+    A collective of ``comm``. If any rank fails, ``CheckpointError`` is raised on every rank and no
+    checkpoint is created.
     """
-    writer = _Writer(aside, step, comm.world_size, state)
+    writer = _Writer(temporary, step, comm.world_size, state)
     try:
         with _dcp_errors(comm):
             dcp_save(
@@ -235,17 +237,17 @@ def write(tensors: dict[str, Any], aside: Path, step: int, state: str, comm: Com
             )
     except CheckpointError:
         if comm.rank == 0:
-            discard(aside)
+            discard(temporary)
         raise
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Copies on the host of what a rank writes."""
+    """Copies in host memory of what a rank writes."""
 
     tensors: dict[str, Any]
-    buffer: Tensor  # which they lie in
-    copied: torch.cuda.Event | None  # when a GPU has made them
+    buffer: Tensor  # the memory of the copies
+    copied: torch.cuda.Event | None  # recorded after the copies from a GPU
 
     def wait(self) -> None:
         if self.copied is not None:
@@ -253,10 +255,10 @@ class Staged:
 
 
 def stage(tensors: dict[str, Any], buffer: Tensor | None) -> Staged:
-    """Copy what this rank would write of ``tensors``, to be written later.
+    """Copy what this rank has of ``tensors`` to host memory, to be written later.
 
-    A GPU copies when its current stream gets there: after the step at hand and before the next
-    one. ``buffer``, of an earlier call, is used again where it is large enough: the pages of new
+    Copies from a GPU are queued on its current stream: after the present step and before the next
+    one. ``buffer``, of an earlier call, is used again if it is large enough: the page faults of new
     memory cost more than the copy.
     """
     local = {key: t.flat if isinstance(t, Fragment) else local_of(t) for key, t in tensors.items()}
@@ -267,7 +269,7 @@ def stage(tensors: dict[str, Any], buffer: Tensor | None) -> Staged:
         end += -(-t.nbytes // ALIGNMENT) * ALIGNMENT
     if buffer is None or buffer.numel() < end or (on_gpu and not buffer.is_pinned()):
         buffer = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
-    found: dict[str, Any] = {}
+    copies: dict[str, Any] = {}
     with torch.no_grad():
         for key, t in local.items():
             raw = buffer[starts[key] : starts[key] + t.nbytes]
@@ -275,19 +277,19 @@ def stage(tensors: dict[str, Any], buffer: Tensor | None) -> Staged:
             copy.copy_(t, non_blocking=True)
             whole = tensors[key]
             if isinstance(whole, Fragment):
-                found[key] = whole.elsewhere(copy)
+                copies[key] = whole.with_flat(copy)
             elif is_dtensor(whole):
-                # No coordinate: a rank outside the mesh, which holds nothing.
+                # A rank outside the mesh has no coordinate, and holds nothing.
                 if whole.device_mesh.get_coordinate() is not None:
                     parts = {tuple(c.offsets): copy for c in whole.__create_chunk_list__()}
-                    found[key] = Pieces(whole.shape, whole.dtype, parts)
+                    copies[key] = LocalBoxes(whole.shape, whole.dtype, parts)
             else:
-                found[key] = copy
+                copies[key] = copy
     copied = None
     if on_gpu:
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-    return Staged(found, buffer, copied)
+    return Staged(copies, buffer, copied)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -359,9 +361,9 @@ class _Reader(StorageReader):
 
 
 def read_into(tensors: dict[str, Any], checkpoint: Checkpoint, comm: Comm) -> None:
-    """Overwrite ``tensors``, however they are cut, with those of the same keys; a collective.
+    """Overwrite ``tensors``, sharded in any way, with the saved ones of the same keys.
 
-    The keys and shapes must fit. Raises ``CheckpointError`` on every rank if any fails.
+    A collective. Keys and shapes must match. Raises ``CheckpointError`` on every rank if any fails.
     """
     with _dcp_errors(comm):
         dcp_load(
@@ -373,21 +375,21 @@ def read_into(tensors: dict[str, Any], checkpoint: Checkpoint, comm: Comm) -> No
 
 
 def _for_dcp(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: Pieces.of(t) if isinstance(t, Fragment) else t for key, t in tensors.items()}
+    return {key: LocalBoxes.of(t) if isinstance(t, Fragment) else t for key, t in tensors.items()}
 
 
 @contextmanager
 def _dcp_errors(comm: Comm) -> Iterator[None]:
-    """DCP's exception, a BaseException with a traceback of every rank, as one of ours."""
+    """Raise a ``CheckpointError`` instead of DCP's error, a BaseException with all tracebacks."""
     try:
         if comm.group is not None:
             yield
         else:
             with warnings.catch_warnings():
-                # It warns that torch.distributed is not there, which is no news here.
+                # DCP warns that torch.distributed is not initialised: correct on one process.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 yield
     except CheckpointException as error:
         rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
-        kind = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "
-        raise CheckpointError(f"{kind}{first} (on rank {rank})") from error
+        prefix = "" if isinstance(first, CheckpointError) else f"{type(first).__name__}: "
+        raise CheckpointError(f"{prefix}{first} (on rank {rank})") from error

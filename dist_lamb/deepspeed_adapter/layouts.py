@@ -1,6 +1,6 @@
-"""Where DeepSpeed put the pieces of every parameter: facts read off its objects, then checked.
+"""Where DeepSpeed put the spans of every parameter: facts read off its objects, then checked.
 
-DeepSpeed replaces the params in an optimizer's groups by tensors of its own, here *holders*:
+DeepSpeed replaces the params in an optimizer's groups by tensors of its own, here *partitions*:
 
 * nothing replaced: stage 0 in float32;
 * float32 *masters*, one per param: stage 0 in half precision (FP16_UnfusedOptimizer);
@@ -35,8 +35,8 @@ class Original(NamedTuple):
     group: int  # its param group, counted as they were added
 
 
-class Piece(NamedTuple):
-    """Elements ``[start, start + numel)`` of a holder, some or all elements of one param."""
+class Span(NamedTuple):
+    """Elements ``[start, start + numel)`` of a partition, some or all elements of one param."""
 
     original: int
     start: int
@@ -45,14 +45,14 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What one holder is made of."""
+class PartitionLayout:
+    """What one partition is made of."""
 
     kind: str  # "param", "master", "flat", "sub-group"
-    #: every original with elements in this holder on any rank, the same on all ranks, in order
+    #: every original with elements in this partition on any rank, the same on all ranks, in order
     originals: tuple[int, ...]
     #: what lies on this rank, by start
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
     #: the ranks the originals are cut over, or on which they are the same
     process_group: Any
 
@@ -96,39 +96,39 @@ def logical_numel(p: Tensor) -> int:
 
 
 def find_layouts(
-    holders: Sequence[Tensor],
+    partitions: Sequence[Tensor],
     candidates: Sequence[Original],
     originals: Sequence[Original],
     process_group: Any,
-) -> list[Layout]:
-    """The layouts of one param group's holders.
+) -> list[PartitionLayout]:
+    """The layouts of one param group's partitions.
 
     ``candidates`` are the group's own params. ``process_group`` is for stage 0, where DeepSpeed
     leaves no group on the params.
 
     Raises:
-        UnknownLayout: a holder that is none of the four kinds.
+        UnknownLayout: a partition that is none of the four kinds.
     """
     refuse_model_parallel(candidates)
     index_of = {id(o.param): o.number for o in originals}
-    if all(id(h) in index_of for h in holders):
-        return [_whole("param", h, originals[index_of[id(h)]], process_group) for h in holders]
+    if all(id(h) in index_of for h in partitions):
+        return [_whole("param", h, originals[index_of[id(h)]], process_group) for h in partitions]
     trained = [o for o in candidates if o.param.requires_grad and logical_numel(o.param)]
     if not trained:
-        raise UnknownLayout(f"a param group without trainable params holds {_shapes(holders)}")
+        raise UnknownLayout(f"a param group without trainable params holds {_shapes(partitions)}")
     first = trained[0].param
     if getattr(first, "_z3_optimizer", None) is not None:
-        return [_sub_group(h, first._z3_optimizer, index_of) for h in holders]  # type: ignore[attr-defined]
+        return [_sub_group(h, first._z3_optimizer, index_of) for h in partitions]  # type: ignore[attr-defined]
     if hasattr(first, "_hp_mapping"):
-        if len(holders) != 1:
-            raise UnknownLayout(f"one flat partition expected, found {_shapes(holders)}")
-        return [_flat(holders[0], trained)]
-    same = len(holders) == len(trained)
-    if not same or any(h.shape != o.param.shape for h, o in zip(holders, trained)):
+        if len(partitions) != 1:
+            raise UnknownLayout(f"one flat partition expected, found {_shapes(partitions)}")
+        return [_flat(partitions[0], trained)]
+    same = len(partitions) == len(trained)
+    if not same or any(h.shape != o.param.shape for h, o in zip(partitions, trained)):
         raise UnknownLayout(
-            f"{_shapes(holders)} took the place of {_shapes([o.param for o in trained])}"
+            f"{_shapes(partitions)} took the place of {_shapes([o.param for o in trained])}"
         )
-    return [_whole("master", h, o, process_group) for h, o in zip(holders, trained)]
+    return [_whole("master", h, o, process_group) for h, o in zip(partitions, trained)]
 
 
 def refuse_model_parallel(candidates: Sequence[Original]) -> None:
@@ -141,11 +141,13 @@ def refuse_model_parallel(candidates: Sequence[Original]) -> None:
                 )
 
 
-def _whole(kind: str, holder: Tensor, of: Original, process_group: Any) -> Layout:
-    return Layout(kind, (of.number,), (Piece(of.number, 0, holder.numel(), 0),), process_group)
+def _whole(kind: str, partition: Tensor, of: Original, process_group: Any) -> PartitionLayout:
+    return PartitionLayout(
+        kind, (of.number,), (Span(of.number, 0, partition.numel(), 0),), process_group
+    )
 
 
-def _flat(holder: Tensor, trained: Sequence[Original]) -> Layout:
+def _flat(partition: Tensor, trained: Sequence[Original]) -> PartitionLayout:
     """ZeRO-1/2, BF16_Optimizer: every param's data is a view into the group's flat vector.
 
     Read off the addresses, since the order within may be another one (round_robin_gradients).
@@ -158,34 +160,34 @@ def _flat(holder: Tensor, trained: Sequence[Original]) -> Layout:
         raise UnknownLayout(f"the params of {trained[0].name}'s group are not in one flat vector")
     comm = Comm(process_group)
     size, base = params[0].element_size(), min(p.data_ptr() for p in params)
-    lo = comm.rank * holder.numel()
-    hi = lo + holder.numel()
-    pieces, positions = [], []
+    lo = comm.rank * partition.numel()
+    hi = lo + partition.numel()
+    spans, positions = [], []
     for o in trained:
         start = (o.param.data_ptr() - base) // size
         end = start + o.param.numel()
         positions.append((start, end))
         first, last = max(start, lo), min(end, hi)
         if first < last:
-            pieces.append(Piece(o.number, first - lo, last - first, first - start))
+            spans.append(Span(o.number, first - lo, last - first, first - start))
     positions.sort()
     if any(end > start for (_, end), (start, _) in pairwise(positions)):
         raise UnknownLayout(f"params of {trained[0].name}'s group overlap in the flat vector")
-    if positions[-1][1] > comm.world_size * holder.numel():
+    if positions[-1][1] > comm.world_size * partition.numel():
         raise UnknownLayout(
             f"{positions[-1][1]} elements of {trained[0].name}'s group do not fit in "
-            f"{comm.world_size} partitions of {holder.numel()}"
+            f"{comm.world_size} partitions of {partition.numel()}"
         )
-    pieces.sort(key=lambda piece: piece.start)
-    return Layout("flat", tuple(o.number for o in trained), tuple(pieces), process_group)
+    spans.sort(key=lambda span: span.start)
+    return PartitionLayout("flat", tuple(o.number for o in trained), tuple(spans), process_group)
 
 
-def _sub_group(holder: Tensor, zero: Any, index_of: dict[int, int]) -> Layout:
+def _sub_group(partition: Tensor, zero: Any, index_of: dict[int, int]) -> PartitionLayout:
     """ZeRO-3: every param is cut in equal slices, and a sub-group's slices are joined."""
     flats = getattr(zero, "fp32_partitioned_groups_flat", ())
-    found = [k for k, flat in enumerate(flats) if flat is holder]
+    found = [k for k, flat in enumerate(flats) if flat is partition]
     if len(found) != 1:
-        raise UnknownLayout(f"{_shapes([holder])}: no sub-group of ZeRO-3")
+        raise UnknownLayout(f"{_shapes([partition])}: no sub-group of ZeRO-3")
     params = list(zero.fp16_groups[found[0]])
     unknown = [p for p in params if id(p) not in index_of]
     if unknown or not params:
@@ -194,57 +196,61 @@ def _sub_group(holder: Tensor, zero: Any, index_of: dict[int, int]) -> Layout:
     if any(group is not groups[0] for group in groups):
         raise UnknownLayout("a sub-group of ZeRO-3 is spread over several process groups")
     rank = Comm(groups[0]).rank
-    pieces, start = [], 0
+    spans, start = [], 0
     for p in params:
         slice_numel = int(p.partition_numel())
         numel = max(0, min(slice_numel, logical_numel(p) - rank * slice_numel))
         if numel:  # the rest of the slice is padding, and not even initialised
-            pieces.append(Piece(index_of[id(p)], start, numel, rank * slice_numel))
+            spans.append(Span(index_of[id(p)], start, numel, rank * slice_numel))
         start += slice_numel
-    if start != holder.numel():
+    if start != partition.numel():
         raise UnknownLayout(
             f"the slices of a sub-group of ZeRO-3 have {start} elements, its flat partition "
-            f"{holder.numel()}"
+            f"{partition.numel()}"
         )
-    return Layout("sub-group", tuple(index_of[id(p)] for p in params), tuple(pieces), groups[0])
+    return PartitionLayout(
+        "sub-group", tuple(index_of[id(p)] for p in params), tuple(spans), groups[0]
+    )
 
 
-def problem_with(layout: Layout, holder: Tensor, originals: Sequence[Original]) -> str | None:
-    """What speaks against a layout: the holder's values must be those of the params.
+def problem_with(
+    layout: PartitionLayout, partition: Tensor, originals: Sequence[Original]
+) -> str | None:
+    """What speaks against a layout: the partition's values must be those of the params.
 
     DeepSpeed keeps both equal, up to rounding to the params' dtype, between any two steps. Reads
     all elements once.
     """
     what = f"the {layout.kind} of {originals[layout.originals[0]].name}"
-    if not is_dense(holder):
+    if not is_dense(partition):
         return f"{what} has gaps in its memory"
     if layout.kind == "param":
         return None
-    if holder.dtype not in (torch.float32, torch.float64):
-        return f"{what} is {holder.dtype}; master weights must be float32"
+    if partition.dtype not in (torch.float32, torch.float64):
+        return f"{what} is {partition.dtype}; master weights must be float32"
     rest = 0
-    for piece in layout.pieces:
-        p = originals[piece.original].param
+    for span in layout.spans:
+        p = originals[span.original].param
         if layout.kind == "master":
-            mine, model = holder.detach(), p.detach()
+            mine, model = partition.detach(), p.detach()
         else:
             # ZeRO-3 keeps the model's slice apart, and nothing else of the param.
             slices: Any = p.ds_tensor if layout.kind == "sub-group" else p  # type: ignore[attr-defined]
-            offset = 0 if layout.kind == "sub-group" else piece.offset
-            mine = holder.detach()[piece.start : piece.start + piece.numel]
-            model = slices.detach().view(-1)[offset : offset + piece.numel]
+            offset = 0 if layout.kind == "sub-group" else span.offset
+            mine = partition.detach()[span.start : span.start + span.numel]
+            model = slices.detach().view(-1)[offset : offset + span.numel]
         if not torch.allclose(
             mine.to(p.dtype), model.to(mine.device), rtol=0, atol=0, equal_nan=True
         ):
             return (
-                f"{what} does not hold the values of {originals[piece.original].name} where they "
+                f"{what} does not hold the values of {originals[span.original].name} where they "
                 "should be (or the model's weights were changed after deepspeed.initialize)"
             )
         # The flat vector's padding is zero; more than that would be a param nobody told us of.
-        if layout.kind == "flat" and holder.detach()[rest : piece.start].count_nonzero():
+        if layout.kind == "flat" and partition.detach()[rest : span.start].count_nonzero():
             return f"{what} has values between those of the params"
-        rest = piece.start + piece.numel
-    if layout.kind == "flat" and holder.detach()[rest:].count_nonzero():
+        rest = span.start + span.numel
+    if layout.kind == "flat" and partition.detach()[rest:].count_nonzero():
         return f"{what} has values behind those of the params"
     return None
 

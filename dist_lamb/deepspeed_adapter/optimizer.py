@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import options
-from ..base import Closure, LambBase, Options, ParamsT
+from ..base import SKIPPED, Closure, LambBase
+from ..kernels.segments import GRAD_SQ
 from ..sharding.comm import Comm
 from ..state import TENSOR_STATES
 from .layouts import Original, find_layouts, logical_shape
-from .units import OPTION_NAMES, Arrivals, Unit
+from .partition_step import OPTION_NAMES, Arrivals, PartitionStep
 
 _BOTH_CLIP = (
     "gradients are clipped twice: by DeepSpeed's gradient_clipping = {} and by max_grad_norm; "
@@ -44,15 +45,8 @@ class DeepSpeedLamb(LambBase):
             known, or tensor parallelism. RuntimeError: ``max_grad_norm`` that cannot be exact.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.01,
-        **more: Unpack[Options],
-    ) -> None:
+    def _prepare_fields(self) -> None:
+        super()._prepare_fields()
         self._originals: list[Original] = []
         #: by group, the first of its originals; and their end
         self._starts = [0]
@@ -60,12 +54,12 @@ class DeepSpeedLamb(LambBase):
         #: by group, options as last seen
         self._options_of: dict[int, dict[str, Any]] = {}
         self._engine: Any = None
-        self._units: dict[tuple[int, ...], list[Unit]] = {}
-        self._ratio_of: dict[int, tuple[Unit, int]] = {}
+        self._steps_of: dict[tuple[int, ...], list[PartitionStep]] = {}
+        #: by original, where its last step was made
+        self._stepped_by: dict[int, tuple[PartitionStep, int]] = {}
         self._steps_taken: Tensor | None = None
         #: the counters last put into each group: others there have been loaded
         self._shown: dict[int, tuple[Tensor, Tensor]] = {}
-        super().__init__(params, lr, betas, eps, weight_decay, **more)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -83,7 +77,7 @@ class DeepSpeedLamb(LambBase):
         group["param_steps"] = torch.zeros(len(group["params"]))
         self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
         self._steps_taken = None
-        self._units.clear()
+        self._steps_of.clear()
 
     def bind(self, engine: Any) -> DeepSpeedLamb:
         """Tell the engine that ``deepspeed.initialize`` returned; returns the optimizer.
@@ -117,28 +111,53 @@ class DeepSpeedLamb(LambBase):
         """
         loss = self._reevaluated(closure)
         self._restore_groups()
+        self._begin()
         groups = [group for group in self.param_groups if group["params"]]
-        units = self._find_units([(g["group_index"], g["params"]) for g in groups])
+        parts = self._find_steps([(g["group_index"], g["params"]) for g in groups])
         live = {group["group_index"]: group for group in groups}
-        if not units:
+        if not parts:
             return loss
-        steps = self._load_steps(groups, units)
-        for unit in units:
-            unit.grad_scale = getattr(self, "grad_scale", None)
-            unit.found_inf = getattr(self, "found_inf", None)
-            unit.update(live, self.state, steps, self._arrivals, self._grad_norm(unit, live))
-            for k, o in enumerate(unit.originals):
-                self._ratio_of[o.number] = (unit, k)
-        self._show_steps(groups, units)
+        steps = self._load_steps(groups, parts)
+        for part in parts:
+            self._unfinished = True
+            overflow = part.update(
+                live,
+                self.state,
+                steps,
+                self._arrivals,
+                self._grad_norm(part, live),
+                self._loss_scaling(part.device),
+            )
+            self._unfinished = False
+            for k, o in enumerate(part.originals):
+                self._stepped_by[o.number] = (part, k)
+            if overflow is not None:
+                self._count_skipped(part, live, overflow)
+        self._show_steps(groups, parts)
         for i, group in live.items():
             self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
         return loss
 
-    def _find_units(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[Unit]:
+    def _count_skipped(
+        self, part: PartitionStep, live: Mapping[int, dict[str, Any]], overflow: Tensor
+    ) -> None:
+        """Once a group and step of the engine: it may call for several parts of a group."""
+        first = {o.number for o in part.originals}
+        for i, group in live.items():
+            if self._starts[i] in first:
+                count = torch.as_tensor(group.get(SKIPPED, 0), dtype=torch.int64)
+                group[SKIPPED] = count.to(overflow.device) + (overflow > 0).view(())
+
+    def skipped_steps(self) -> Tensor:
+        """As :meth:`dist_lamb.Lamb.skipped_steps`."""
+        counts = [torch.as_tensor(g.get(SKIPPED, 0)).cpu() for g in self.param_groups]
+        return torch.stack(counts).amax()
+
+    def _find_steps(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[PartitionStep]:
         """What is stepped together: these tensors of these groups, by process group."""
-        holders = [t for _, tensors in held for t in tensors]
-        key = tuple(map(id, holders))
-        if key not in self._units:
+        partitions = [t for _, tensors in held for t in tensors]
+        key = tuple(map(id, partitions))
+        if key not in self._steps_of:
             layouts = []
             for i, tensors in held:
                 candidates = self._originals[self._starts[i] : self._starts[i + 1]]
@@ -147,22 +166,21 @@ class DeepSpeedLamb(LambBase):
             by_ranks: dict[int, list[int]] = {}
             for j, layout in enumerate(layouts):
                 by_ranks.setdefault(id(layout.process_group), []).append(j)
-            self._units[key] = [
-                Unit(
-                    self,
+            self._steps_of[key] = [
+                PartitionStep(
+                    self.impl,
                     self._originals,
-                    self._options_of,
                     [layouts[j] for j in chosen],
-                    [holders[j] for j in chosen],
+                    [partitions[j] for j in chosen],
                 )
                 for chosen in by_ranks.values()
             ]
-        return self._units[key]
+        return self._steps_of[key]
 
-    def _all_units(self) -> list[Unit]:
+    def _all_steps(self) -> list[PartitionStep]:
         """For everything, not only what is in the groups at this moment."""
         self._restore_groups()
-        units: list[Unit] = []
+        parts: list[PartitionStep] = []
         zero = next(
             (o.param._z3_optimizer for o in self._originals if hasattr(o.param, "_z3_optimizer")),
             None,
@@ -175,9 +193,9 @@ class DeepSpeedLamb(LambBase):
             flats = zero.fp32_partitioned_groups_flat
             held = [(group_of[id(ps[0])], [t]) for ps, t in zip(zero.fp16_groups, flats)]
         for one in held:
-            units += self._find_units([one])
-        self._load_steps(self.param_groups, units)
-        return units
+            parts += self._find_steps([one])
+        self._load_steps(self.param_groups, parts)
+        return parts
 
     def _stage_0_group(self) -> Any:
         """The data-parallel ranks, which DeepSpeed does not note on params at stage 0."""
@@ -188,24 +206,30 @@ class DeepSpeedLamb(LambBase):
             return None
         return groups._get_sequence_data_parallel_group()
 
-    def _grad_norm(self, unit: Unit, live: Mapping[int, Mapping[str, Any]]) -> Any:
-        """The norm of all gradients as DeepSpeed computed it; None where the unit sees them all."""
-        if not any(options.clips(live[i]) for i in unit.group_indices):
+    def _grad_norm(self, part: PartitionStep, live: Mapping[int, Mapping[str, Any]]) -> Any:
+        """The norm of all gradients as DeepSpeed computed it; None where the part sees them all."""
+        groups = [live[i] for i in part.group_indices]
+        clips = any(map(options.clips, groups))
+        if not clips and all(group["nonfinite"] != "skip" for group in groups):
             return None
-        if not unit.layouts[0].cut:
+        if not part.layouts[0].cut:
             return None
-        zero: Any = getattr(unit.originals[0].param, "_z3_optimizer", None)
-        if zero is not None and zero.clip_grad:
+        zero: Any = getattr(part.originals[0].param, "_z3_optimizer", None)
+        if clips and zero is not None and zero.clip_grad:
             raise ValueError(_BOTH_CLIP.format(zero.clip_grad))
         if self._engine is None:
             raise RuntimeError(
                 "max_grad_norm under ZeRO needs optimizer.bind(engine) after "
                 "deepspeed.initialize; or set gradient_clipping in DeepSpeed's config instead"
+                if clips
+                else 'nonfinite="skip" under ZeRO needs optimizer.bind(engine) after '
+                "deepspeed.initialize: whether to skip is decided for all partitions together"
             )
         norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
         if norm is None:
             raise RuntimeError(
-                "max_grad_norm needs the norm of all gradients, which DeepSpeed did not compute"
+                "max_grad_norm and nonfinite='skip' need the norm of all gradients, which "
+                "DeepSpeed did not compute"
             )
         return norm
 
@@ -237,9 +261,11 @@ class DeepSpeedLamb(LambBase):
                 stacklevel=3,
             )
 
-    def _load_steps(self, groups: Sequence[dict[str, Any]], units: Sequence[Unit]) -> Tensor:
+    def _load_steps(
+        self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]
+    ) -> Tensor:
         """float32 [originals], the params' step counts; taken over from what was loaded."""
-        device = units[0].device
+        device = parts[0].device
         if self._steps_taken is None or self._steps_taken.device != device:
             self._steps_taken = torch.zeros(len(self._originals), device=device)
             self._shown = {}
@@ -256,25 +282,25 @@ class DeepSpeedLamb(LambBase):
             else:
                 # A plain optimizer's state dict, or DeepSpeed's elastic and universal checkpoints,
                 # which have one step for all.
-                for layout, holder in (pair for unit in units for pair in unit.held(i)):
-                    if "step" in self.state.get(holder, ()):
+                for layout, partition in (pair for part in parts for pair in part.held(i)):
+                    if "step" in self.state.get(partition, ()):
                         of = slice(None) if layout.cut else layout.originals[0] - lo
-                        counts[of] = float(self.state[holder]["step"])
+                        counts[of] = float(self.state[partition]["step"])
             group["param_steps"], group["step"] = counts, counts.new_zeros(())
             self._shown[i] = (counts, group["step"])
-            for layout, holder in (pair for unit in units for pair in unit.held(i)):
+            for layout, partition in (pair for part in parts for pair in part.held(i)):
                 if not layout.cut:
-                    self.state[holder]["step"] = counts[layout.originals[0] - lo]
+                    self.state[partition]["step"] = counts[layout.originals[0] - lo]
         return self._steps_taken
 
-    def _show_steps(self, groups: Sequence[dict[str, Any]], units: Sequence[Unit]) -> None:
+    def _show_steps(self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]) -> None:
         """One step for a whole partition, as DeepSpeed's checkpoints know it: the largest."""
         for group in groups:
             group["step"].copy_(group["param_steps"].amax())
-            for layout, holder in (p for unit in units for p in unit.held(group["group_index"])):
+            for layout, partition in (p for part in parts for p in part.held(group["group_index"])):
                 if layout.cut:
                     # A tensor of its own: DeepSpeed's loaders write into it.
-                    self.state[holder]["step"] = group["step"].clone()
+                    self.state[partition]["step"] = group["step"].clone()
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -283,12 +309,27 @@ class DeepSpeedLamb(LambBase):
 
         NaN for a param that took no part in the last step, as one that no rank had a gradient for.
         """
-        nothing = torch.tensor(torch.nan)
+        return super().trust_ratios()
+
+    def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
         found = {}
         for o in self._originals:
-            unit, k = self._ratio_of.get(o.number, (None, 0))
-            found[o.name] = nothing if unit is None else unit.ratio(k)
+            part, k = self._stepped_by.get(o.number, (None, 0))
+            known = part is not None and part.last is not None
+            found[o.name] = read(*part.last[:2])[k] if known else torch.tensor(torch.nan)  # type: ignore[union-attr, index]
         return found
+
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm of the gradients as DeepSpeed handed them over, after its own clipping."""
+        parts = {id(part): part for part, _ in self._stepped_by.values()}.values()
+        squares = [torch.zeros((), dtype=torch.float64)]
+        for part in parts:
+            if part.last is not None:
+                _, sums, scalars = part.last
+                inverse = scalars.inverse_scale(part.device)
+                square = sums[:, GRAD_SQ].sum()
+                squares.append((square if inverse is None else square * inverse * inverse).cpu())
+        return torch.stack(squares).sum().sqrt().float()
 
     def full_optimizer_state_dict(self) -> dict[str, Any]:
         """A torch.optim state dict with whole tensors on the CPU, on every rank; a collective.
@@ -296,11 +337,11 @@ class DeepSpeedLamb(LambBase):
         It loads into a DeepSpeedLamb at any stage and number of ranks, and into the other
         optimizers of this package.
         """
-        units = self._all_units()
+        parts = self._all_steps()
         state: dict[int, dict[str, Any]] = {o.number: {} for o in self._originals}
-        for unit in units:
-            state |= unit.whole_state(self.state)
-            for o in unit.originals:
+        for part in parts:
+            state |= part.whole_state(self.state)
+            for o in part.originals:
                 assert self._steps_taken is not None
                 state[o.number]["step"] = self._steps_taken[o.number].to("cpu", copy=True)
         groups = []
@@ -338,21 +379,15 @@ class DeepSpeedLamb(LambBase):
                         f"loaded {name} of {o.name} has shape {tuple(value.shape)}, "
                         f"the param has {tuple(logical_shape(o.param))}"
                     )
-        units = self._all_units()
+        parts = self._all_steps()
         assert self._steps_taken is not None
-        for unit in units:
-            unit.load_whole_state(whole, self.state)
+        for part in parts:
+            part.load_whole_state(whole, self.state)
         for number, entry in whole.items():
             self._steps_taken[number] = float(entry.get("step", 0.0))
         for group, loaded in zip(self.param_groups, groups):
             group.update({name: loaded[name] for name in OPTION_NAMES if name in loaded})
-        self._show_steps(self.param_groups, units)
-
-    def _names_of(self, group: Mapping[str, Any]) -> list[str]:
-        names = super()._names_of(group)
-        if len(names) == len(group["params"]):
-            return names
-        return [f"a partition of {names[0] if names else 'nothing'}..."] * len(group["params"])
+        self._show_steps(self.param_groups, parts)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DeepSpeedLamb cannot be copied or pickled; save its state dict instead")

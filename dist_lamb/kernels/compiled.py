@@ -8,6 +8,7 @@ every number that may change between steps is an element of a table: nothing rec
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import rule
-from . import NO_GRADIENT, Block, Work, foreach, square_sum
+from . import foreach
+from .eager import Work, square_sum
+from .segments import Segment
 
 #: Separate tensors smaller than this go through ``foreach``: calling a compiled function costs
 #: more than it saves on them.
@@ -41,23 +44,6 @@ def _coefficients(rows: Tensor) -> rule.Coefficients:
     return c._replace(active=c.active > 0)
 
 
-def _moments(g: Tensor, x: Tensor, m: Tensor, v: Tensor, c: rule.Coefficients) -> Tensor:
-    g = rule.gradient(g.to(x.dtype), x, c)
-    m_new, v_new = rule.moments(g, m, v, c)
-    u = rule.direction(x, m_new, v_new, c)
-    m.copy_(m_new)
-    v.copy_(v_new)
-    return torch.stack([square_sum(x), square_sum(u)], dim=-1)
-
-
-def _apply(
-    x: Tensor, m: Tensor, v: Tensor, copy: Tensor | None, c: rule.Coefficients, step: Tensor
-) -> None:
-    x.copy_(rule.apply(x, rule.direction(x, m, v, c), step))
-    if copy is not None:
-        copy.copy_(x)
-
-
 # Each row takes its own param's coefficients. Compiled once for any number of rows.
 # The limit counts graphs for other dtypes, options left out and matrices of a single row: with
 # torch's own limit of 8, a process with many unlike optimizers would end in an error.
@@ -73,17 +59,24 @@ def _tiled_grad_sq(g: Tensor) -> Tensor:
 
 
 @_compile
-def _tiled_moments(
-    g: Tensor, x: Tensor, m: Tensor, v: Tensor, table: Tensor, index: Tensor
-) -> Tensor:
-    return _moments(g, x, m, v, _coefficients(table[index][:, None, :]))
+def _tiled_moments(g: Tensor, x: Tensor, table: Tensor, index: Tensor, *states: Tensor) -> Tensor:
+    c = _coefficients(table[index][:, None, :])
+    g = g.to(x.dtype)
+    new = rule.moments(rule.gradient(g, x, c), states, c)
+    u = rule.direction(x, new, c)
+    for state, value in zip(states, new):
+        state.copy_(value)
+    return torch.stack([square_sum(x), square_sum(u), square_sum(g)], dim=-1)
 
 
 @_compile
 def _tiled_apply(
-    x: Tensor, m: Tensor, v: Tensor, copy: Any, table: Tensor, step: Tensor, index: Tensor
+    x: Tensor, copy: Tensor | None, table: Tensor, step: Tensor, index: Tensor, *states: Tensor
 ) -> None:
-    _apply(x, m, v, copy, _coefficients(table[index][:, None, :]), step[index][:, None])
+    c = _coefficients(table[index][:, None, :])
+    x.copy_(rule.apply(x, rule.direction(x, states, c), step[index][:, None]))
+    if copy is not None:
+        copy.copy_(x)
 
 
 def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
@@ -94,43 +87,46 @@ def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
 class _Cut:
     """Separate tensors cut into whole tiles, which are compiled, and the rest, for ``foreach``.
 
-    ``tiled``: (block, its tensors but the gradient as matrices [tiles, ROW_NUMEL], the param of
-    each tile); ``rest``: a Work of the remaining elements, without gradients too; ``rest_of``: the
-    block each of its rows is from. Gradients are cut where they are read: they change.
+    ``tiled``: (block, the same as matrices [tiles, ROW_NUMEL] without a gradient, the param of each
+    tile); ``rest``: a Work of the remaining elements, without gradients too; ``rest_of``: the block
+    each of its rows is from. Gradients are cut where they are read: they change.
     """
 
     def __init__(self, work: Work) -> None:
-        self.tiled: list[tuple[int, Block, Tensor]] = []
+        self.tiled: list[tuple[int, Segment, Tensor]] = []
         self.rest_of: list[int] = []
         self._rest_from: list[int] = []
-        rest: list[Block] = []
+        rest: list[Segment] = []
         for b, _, _, k in work.rows.runs:
-            block = work.blocks[b]
-            numel = block.param.numel()
+            block = work.blocks[b]._replace(grad=None)
+            numel = block.x.numel()
             whole = numel - numel % ROW_NUMEL if numel >= SMALL_NUMEL else 0
             if whole:
-                tiles = [None if t is None else _tiles(t, whole) for t in block[1:]]
                 index = torch.full((whole // ROW_NUMEL,), k, device=work.device)
-                self.tiled.append((b, Block(NO_GRADIENT, *tiles), index))  # type: ignore[arg-type]
+                self.tiled.append((b, block.map(partial(_tiles, numel=whole)), index))
             if whole < numel:
-                ends = [None if t is None else t[:, whole:] for t in block[1:]]
-                rest.append(Block(NO_GRADIENT, *ends))  # type: ignore[arg-type]
+                rest.append(block.map(partial(_from, at=whole)))
                 self.rest_of.append(b)
                 self._rest_from.append(whole)
         self.rest = Work(rest, work.rows.subset(self.rest_of), work.dtype, tiled=False)
 
     def rest_with_gradients(self, work: Work) -> Work:
-        rest = Work(self.rest.blocks, self.rest.rows, work.dtype, tiled=False)
-        rest.take([work.blocks[b].grad[:, at:] for b, at in zip(self.rest_of, self._rest_from)])
-        return rest
+        grads: list[Any] = [work.blocks[b].grad for b in self.rest_of]
+        cut = [grad[:, at:] for grad, at in zip(grads, self._rest_from)]
+        blocks = [s._replace(grad=g) for s, g in zip(self.rest.blocks, cut)]
+        return Work(blocks, self.rest.rows, work.dtype, tiled=False)
 
 
 def _tiles(row: Tensor, numel: int) -> Tensor:
     return row[0, :numel].view(-1, ROW_NUMEL)
 
 
+def _from(row: Tensor, at: int) -> Tensor:
+    return row[:, at:]
+
+
 def _cut(work: Work) -> _Cut:
-    """Made once for all passes of a step."""
+    """Made once for all passes of a step, and for the steps after it."""
     if "cut" not in work.scratch:
         work.scratch["cut"] = _Cut(work)
     cut: _Cut = work.scratch["cut"]
@@ -143,30 +139,33 @@ def _zeros(work: Work, *columns: int) -> Tensor:
 
 
 def grad_sq(work: Work) -> Tensor:
-    if work.tiled and work.blocks:
+    if work.tiled:
         return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
     cut, out = _cut(work), _zeros(work)
     out[cut.rest_of] += foreach.grad_sq(cut.rest_with_gradients(work))
     for b, tiles, _ in cut.tiled:
-        grad = _tiles(work.blocks[b].grad, tiles.param.numel())
-        out[b] += _call(_tiled_grad_sq, grad).sum(0)
+        out[b] += _call(_tiled_grad_sq, _gradient_tiles(work, b, tiles)).sum(0)
     return out
+
+
+def _gradient_tiles(work: Work, b: int, tiles: Segment) -> Tensor:
+    grad = work.blocks[b].grad
+    assert grad is not None
+    return _tiles(grad, tiles.x.numel())
 
 
 def moments(work: Work, c: rule.Coefficients) -> Tensor:
     table = _table(c)
-    if work.tiled and work.blocks:
+    if work.tiled:
+        blocks = zip(work.blocks, work.rows.indices)
         return torch.cat(
-            [
-                _call(_tiled_moments, *block[:4], table, index)
-                for block, index in zip(work.blocks, work.rows.indices)
-            ]
+            [_call(_tiled_moments, s.grad, s.x, table, index, *s.states) for s, index in blocks]
         )
-    cut, out = _cut(work), _zeros(work, 2)
+    cut, out = _cut(work), _zeros(work, 3)
     out[cut.rest_of] += foreach.moments(cut.rest_with_gradients(work), c)
-    for b, tiles, index in cut.tiled:
-        grad = _tiles(work.blocks[b].grad, tiles.param.numel())
-        out[b] += _call(_tiled_moments, grad, *tiles[1:4], table, index).sum(0)
+    for b, s, index in cut.tiled:
+        g = _gradient_tiles(work, b, s)
+        out[b] += _call(_tiled_moments, g, s.x, table, index, *s.states).sum(0)
     return out
 
 
@@ -177,5 +176,5 @@ def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
         cut = _cut(work)
         foreach.apply(cut.rest, c, step_size)
         blocks = [(tiles, index) for _, tiles, index in cut.tiled]
-    for (_, x, m, v, copy), index in blocks:
-        _call(_tiled_apply, x, m, v, copy, table, step_size, index)
+    for s, index in blocks:
+        _call(_tiled_apply, s.x, s.copy, table, step_size, index, *s.states)

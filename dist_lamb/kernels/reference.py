@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from .. import rule
-from . import Work, square_sum
+from .eager import Work, square_sum
+from .segments import Segment
 
 
-def _runs(work: Work, c: rule.Coefficients | None) -> Iterator[Any]:
-    """(rows of the partials, g, x, m, v, copy, coefficients, param) of every run of rows."""
+def _runs(work: Work) -> Iterator[tuple[slice, Segment, int]]:
+    """(rows of the sums, their tensors, param) of every run of rows of one param."""
     begin = end = 0
     for b, lo, hi, k in work.rows.runs:
         begin, end = end, end + hi - lo
-        g, x, m, v, copy = (None if t is None else t[lo:hi] for t in work.blocks[b])
-        ck = None if c is None else c.of_param(k)
-        yield slice(begin, end), g.to(x.dtype), x, m, v, copy, ck, k  # type: ignore[union-attr]
-
-
-def _partials(work: Work, *columns: int) -> Tensor:
-    rows = len(work.rows.index)
-    return torch.zeros(rows, *columns, dtype=torch.float64, device=work.device)
+        yield slice(begin, end), work.blocks[b].map(itemgetter(slice(lo, hi))), k
 
 
 def grad_sq(work: Work) -> Tensor:
-    out = _partials(work)
-    for rows, g, *_ in _runs(work, None):
-        out[rows] = square_sum(g)
+    out = torch.zeros(len(work.rows.index), dtype=torch.float64, device=work.device)
+    for rows, s, _ in _runs(work):
+        assert s.grad is not None
+        out[rows] = square_sum(s.grad.to(s.x.dtype))
     return out
 
 
 def moments(work: Work, c: rule.Coefficients) -> Tensor:
-    out = _partials(work, 2)
-    for rows, g, x, m, v, _, ck, _ in _runs(work, c):
-        g = rule.gradient(g, x, ck)
-        m_new, v_new = rule.moments(g, m, v, ck)
-        m.copy_(m_new)
-        v.copy_(v_new)
-        out[rows, 0] = square_sum(x)
-        out[rows, 1] = square_sum(rule.direction(x, m, v, ck))
+    out = torch.zeros(len(work.rows.index), 3, dtype=torch.float64, device=work.device)
+    for rows, s, k in _runs(work):
+        assert s.grad is not None
+        g, ck = s.grad.to(s.x.dtype), c.of_param(k)
+        out[rows, 2] = square_sum(g)
+        new = rule.moments(rule.gradient(g, s.x, ck), s.states, ck)
+        for state, value in zip(s.states, new):
+            state.copy_(value)
+        out[rows, 0] = square_sum(s.x)
+        out[rows, 1] = square_sum(rule.direction(s.x, s.states, ck))
     return out
 
 
 def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
-    for _, _, x, m, v, copy, ck, k in _runs(work, c):
-        u = rule.direction(x, m, v, ck)
-        x.copy_(rule.apply(x, u, step_size[k]))
-        if copy is not None:
-            copy.copy_(x)
+    for _, s, k in _runs(work):
+        u = rule.direction(s.x, s.states, c.of_param(k))
+        s.x.copy_(rule.apply(s.x, u, step_size[k]))
+        if s.copy is not None:
+            s.copy.copy_(s.x)

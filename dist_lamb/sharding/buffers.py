@@ -11,17 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import Block, RowMap, Work
-from ..state import TENSOR_STATES, as_laid_out, flat_row, is_dense, needs_master, state_dtype
+from ..kernels.segments import Segment
+from ..state import (
+    MASTER,
+    MOMENTS,
+    as_laid_out,
+    flat_row,
+    is_dense,
+    refresh_master,
+    state_dtype,
+    states_of,
+)
 from .comm import Comm
-from .layout import TILE, Layout, ParamSpec, Segment
+from .layout import TILE, Extent, Layout, ParamSpec
 
 #: Fills the gradient of a param that has none on a rank. A sum of floats is -0.0 only if every
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
 #: a gradient: presence travels with the gradient itself and costs no collective.
 ABSENT = -0.0
-#: Params that stand for all, where all would take too long.
-_LOOKED_AT = 16
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -36,9 +43,7 @@ class _Bank:
     """This rank's shards of all buckets of one dtype, one after the other: [tiles, TILE] each."""
 
     grads: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    master: Tensor | None  # None where the params have full precision and are their own masters
+    states: dict[str, Tensor]  # by name; a master only where the params have less precision
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,8 @@ class Shard:
 
     params: Tensor  # a part of the whole bucket of params
     grads: Tensor  # the mean over ranks, in the dtype it is kept in
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    master: Tensor  # what the rule updates: params itself, or its float32 original
+    states: dict[str, Tensor]
     tiles: int  # how many of them are some param's; the rest is padding
-
-    @property
-    def copies_down(self) -> bool:
-        return self.master is not self.params
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class _Staging:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedRange:
     """What a rank holds of a param: elements from ``start`` on, in the param's memory order."""
 
     start: int
@@ -83,8 +82,7 @@ class Piece:
 class FlatBuffers:
     """Moves params into flat buckets (their ``.data`` become views) and holds the rank's shards.
 
-    ``indices`` are the positions of ``params`` among all ``num_params`` params of the optimizer:
-    what the rows of :attr:`works` refer to. Gradients travel in ``reduce_dtype``, default the
+    Params are numbered as in ``layout``. Gradients travel in ``reduce_dtype``, default the
     params' own, and are kept in it, or in the dtype of the state if they are to be ``summed``.
     """
 
@@ -92,19 +90,15 @@ class FlatBuffers:
         self,
         layout: Layout,
         params: Sequence[Tensor],
-        indices: Sequence[int],
-        num_params: int,
         comm: Comm,
         reduce_dtype: torch.dtype | None = None,
         summed: bool = False,
     ) -> None:
         self.layout = layout
-        self.segments = layout.segments(comm.rank)
+        self._extents = layout.extents(comm.rank)
         # At most one each: a param is in one bucket, and a shard of that is contiguous.
-        self._segment_of = {segment.param: segment for segment in self.segments}
+        self._extent_of = {extent.param: extent for extent in self._extents}
         self.params = list(params)
-        self.indices = list(indices)
-        self._num_params = num_params
         self._comm = comm
         self._reduce_dtype = reduce_dtype
         self._summed = summed
@@ -114,7 +108,6 @@ class FlatBuffers:
             for b in layout.buckets
         ]
         self._slots: dict[int, Tensor] = {}
-        self._addresses: list[int] = []
         for bucket, whole in zip(layout.buckets, self.buckets):
             for i, first in zip(bucket.params, bucket.first_tiles):
                 spec = layout.params[i]
@@ -122,13 +115,16 @@ class FlatBuffers:
         self.adopt_params()
         self.banks = self._make_banks()
         self.shards = list(self._make_shards())
-        self.refresh_masters()
-        self.works = list(self._make_works())
+        for s in self.shards:
+            if MASTER in s.states:
+                s.states[MASTER].copy_(s.params)
         self._staging: dict[int, _Staging] = {}
         self._staging_memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self._taken: list[tuple[Tensor, Tensor]] | None = None
-        self._active: tuple[frozenset[int], Tensor] | None = None
-        self._own = frozenset(self._segment_of)
+        #: by dtype: params, the bank's gradients, the first tile there of each param
+        self._first_tiles: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        #: params with elements here
+        self.own = frozenset(self._extent_of)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
@@ -141,15 +137,11 @@ class FlatBuffers:
         for dtype, count in tiles.items():
             kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
             grads = self._zeros(count * TILE, kept).view(-1, TILE)
-            m, v, master = (
-                self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE)
-                if name != "master" or needs_master(dtype)
-                else None
-                for name in TENSOR_STATES
-            )
-            assert m is not None
-            assert v is not None
-            banks[dtype] = _Bank(grads, m, v, master)
+            states = {
+                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE)
+                for name in states_of(dtype)
+            }
+            banks[dtype] = _Bank(grads, states)
         return banks
 
     def _travelling_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -162,53 +154,37 @@ class FlatBuffers:
             mine = slice(start, start + b.tiles_per_shard)
             used[whole.dtype] = mine.stop
             bank, rank = self.banks[whole.dtype], self._comm.rank
-            params = whole.view(self._comm.world_size, b.tiles_per_shard, TILE)[rank]
+            ends = [e.shard_start + e.numel for e in self._extents if e.bucket == n]
             yield Shard(
-                params=params,
+                params=whole.view(self._comm.world_size, b.tiles_per_shard, TILE)[rank],
                 grads=bank.grads[mine],
-                exp_avg=bank.exp_avg[mine],
-                exp_avg_sq=bank.exp_avg_sq[mine],
-                master=params if bank.master is None else bank.master[mine],
-                tiles=len(self.layout.shard_tiles(rank, n)),
+                states={name: state[mine] for name, state in bank.states.items()},
+                tiles=-(-max(ends, default=0) // TILE),
             )
 
-    def _make_works(self) -> Iterator[Work]:
-        """One Work per dtype of params; shards that are all padding have nothing to compute."""
-        rank = self._comm.rank
-        for dtype in self.banks:
-            blocks, owners = [], []
-            for n, s in enumerate(self.shards):
-                if s.params.dtype == dtype and s.tiles:
-                    grads, master, m, v = (
-                        t[: s.tiles] for t in (s.grads, s.master, s.exp_avg, s.exp_avg_sq)
-                    )
-                    copy = s.params[: s.tiles] if s.copies_down else None
-                    blocks.append(Block(grads, master, m, v, copy))
-                    owners.append([self.indices[i] for i in self.layout.shard_tiles(rank, n)])
-            rows = RowMap(owners, self._num_params, self.device)
-            yield Work(blocks, rows, state_dtype(dtype), tiled=True)
+    def segments(self, index_of: Sequence[int]) -> list[Segment]:
+        """What this rank updates, as tiles; ``index_of`` numbers the params for the optimizer.
+
+        Bucket after bucket, so that neighbours in memory are neighbours here.
+        """
+        found = []
+        for e in self._extents:
+            shard = self.shards[e.bucket]
+            grad, params = _rows(shard.grads, e), _rows(shard.params, e)
+            states = {name: _rows(state, e) for name, state in shard.states.items()}
+            moments, master = tuple(states[name] for name in MOMENTS), states.get(MASTER)
+            x, copy = (params, None) if master is None else (master, params)
+            found.append(Segment(index_of[e.param], grad, x, moments, copy))
+        return found
 
     # --- params ----------------------------------------------------------------------------------
-
-    def may_adopt_late(self) -> bool:
-        """Whether :meth:`adopt_params` may come after the moments, which take a device some time.
-
-        They are computed from masters, not from the params; and a few of these, of which most ways
-        to replace memory leave none alone, are in place. Looking at all takes the host 0.2 ms.
-        """
-        few = slice(None, None, -(-len(self.params) // _LOOKED_AT))
-        return (
-            all(bank.master is not None for bank in self.banks.values())
-            and list(map(Tensor.data_ptr, self.params[few])) == self._addresses[few]
-        )
 
     def adopt_params(self) -> None:
         """Bring params whose memory someone replaced (``model.to()``, a loader) back into place.
 
         Raises ``RuntimeError`` naming a param that has become another tensor altogether.
         """
-        if list(map(Tensor.data_ptr, self.params)) == self._addresses:
-            return
+        moved = []
         for i, slot in self._slots.items():
             p = self.params[i]
             if p.data_ptr() == slot.data_ptr() and p.stride() == slot.stride():
@@ -219,9 +195,10 @@ class FlatBuffers:
                     f"{slot.device} and is now {tuple(p.shape)} {p.dtype} on {p.device}; make a "
                     "new optimizer after changing the model"
                 )
+            moved.append((p, slot))
+        for p, slot in moved:
             slot.copy_(p.detach())
             p.data = slot
-        self._addresses = list(map(Tensor.data_ptr, self.params))
 
     def release_params(self) -> None:
         """Give the params memory of their own again; the buffers are of no use afterwards."""
@@ -229,10 +206,10 @@ class FlatBuffers:
             self.params[i].data = slot.clone()
 
     def refresh_masters(self) -> None:
-        """Take the params' present values as the masters'."""
+        """Take over what is no longer the masters' own rounding."""
         for s in self.shards:
-            if s.copies_down:
-                s.master.copy_(s.params)
+            if MASTER in s.states:
+                refresh_master(s.states[MASTER], s.params)
 
     # --- gradients -------------------------------------------------------------------------------
 
@@ -301,98 +278,78 @@ class FlatBuffers:
     def take_gradients(self) -> set[int]:
         """``p.grad``, already averaged over ranks, into the shards; the params that had one."""
         if self._taken is None:
-            self._taken = [self._taking(segment) for segment in self.segments]
+            self._taken = [self._taking(extent) for extent in self._extents]
         into, taken = [], []
-        for segment, (rows, to) in zip(self.segments, self._taken):
-            grad = self.params[segment.param].grad
+        for extent, (rows, to) in zip(self._extents, self._taken):
+            grad = self.params[extent.param].grad
             if grad is None:
                 rows.fill_(ABSENT)
                 continue
-            if segment.numel != grad.numel():
-                memory = flat_row(as_laid_out(grad, self._slots[segment.param]))[0]
-                grad = memory[segment.param_start :][: segment.numel]
+            if extent.numel != grad.numel():
+                memory = flat_row(as_laid_out(grad, self._slots[extent.param]))[0]
+                grad = memory[extent.param_start :][: extent.numel]
             into.append(to)
             taken.append(grad)
         if into:
             torch._foreach_copy_(into, taken)
         return {j for j, p in enumerate(self.params) if p.grad is not None}
 
-    def _taking(self, segment: Segment) -> tuple[Tensor, Tensor]:
-        """The tiles of a segment's gradient, and these shaped as the gradient or its piece is."""
-        rows = _rows(self.shards[segment.bucket].grads, segment)
-        spec, flat = self.layout.params[segment.param], rows.view(-1)[: segment.numel]
-        if segment.numel != spec.numel:
+    def _taking(self, extent: Extent) -> tuple[Tensor, Tensor]:
+        """The tiles of a extent's gradient, and these shaped as the gradient or its piece is."""
+        rows = _rows(self.shards[extent.bucket].grads, extent)
+        spec, flat = self.layout.params[extent.param], rows.view(-1)[: extent.numel]
+        if extent.numel != spec.numel:
             return rows, flat
         return rows, flat.as_strided(spec.shape, spec.stride, flat.storage_offset())
 
-    def active(self, present: set[int], everywhere: bool) -> Tensor:
-        """bool [num_params]: which of the params with tiles here have a gradient on any rank.
-
-        ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
-        """
-        if len(present) == len(self.params):  # in most steps; sets of hundreds take the host 20 us
-            chosen = self._own
-        elif everywhere or self._own <= present:
-            chosen = self._own & present
-        else:
-            return self._found_active()
-        if self._active is None or self._active[0] != chosen:
-            mask = torch.zeros(self._num_params, dtype=torch.bool)
-            mask[[self.indices[j] for j in chosen]] = True
-            self._active = (chosen, mask.to(self.device))
-        return self._active[1]
-
-    def _found_active(self) -> Tensor:
-        """The same from the gradients that have been summed over ranks."""
-        found = torch.zeros(self._num_params, dtype=torch.float64, device=self.device)
-        for work in self.works:
-            if work.blocks:
-                first = torch.cat([block.grad[:, 0] for block in work.blocks])
-                absent = (first == 0) & torch.signbit(first)
-                found += work.rows.sum((~absent).double())
-        return found > 0
+    def found_gradients(self) -> Tensor:
+        """Which params have a gradient on any rank, bool [params], true of those with tiles here:
+        read off the gradients that have been summed over ranks."""
+        if self._first_tiles is None:
+            self._first_tiles = []
+            for dtype, bank in self.banks.items():
+                mine = [e for e in self._extents if self.params[e.param].dtype == dtype]
+                rows = [_rows(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
+                at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
+                self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
+        found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
+        for params, grads, rows_of in self._first_tiles:
+            first = grads[rows_of, 0]
+            found[params] = ~((first == 0) & torch.signbit(first))
+        return found
 
     # --- state -----------------------------------------------------------------------------------
 
-    def state_names(self, i: int) -> list[str]:
-        names = ["exp_avg", "exp_avg_sq"]
-        return [*names, "master"] if needs_master(self.params[i].dtype) else names
-
     def local_state(self, i: int) -> dict[str, Tensor]:
-        """This rank's piece of each state of param i, 1-D in memory order: views, maybe empty."""
-        segment = self._segment_of.get(i)
-        if segment is None:
-            empty = self._zeros(0, state_dtype(self.params[i].dtype))
-            return dict.fromkeys(self.state_names(i), empty)
-        shard = self.shards[segment.bucket]
-        return {
-            name: _rows(getattr(shard, name), segment).view(-1)[: segment.numel]
-            for name in self.state_names(i)
-        }
+        """This rank's part of each state of param i, 1-D in memory order: views, maybe empty."""
+        extent, dtype = self._extent_of.get(i), self.params[i].dtype
+        if extent is None:
+            return {name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype)}
+        states = self.shards[extent.bucket].states
+        return {name: _flat(states[name], extent) for name in states_of(dtype)}
 
-    def piece(self, i: int) -> Piece:
-        """This rank's piece of param i itself and of its states."""
-        segment, start, own = self._segment_of.get(i), 0, self._zeros(0, self.params[i].dtype)
-        if segment is not None:
-            start = segment.param_start
-            own = _rows(self.shards[segment.bucket].params, segment).view(-1)[: segment.numel]
-        return Piece(start, {"param": own, **self.local_state(i)}, self.layout.params[i])
+    def owned(self, i: int) -> OwnedRange:
+        """This rank's part of param i itself and of its states."""
+        extent, start, own = self._extent_of.get(i), 0, self._zeros(0, self.params[i].dtype)
+        if extent is not None:
+            start, own = extent.param_start, _flat(self.shards[extent.bucket].params, extent)
+        return OwnedRange(start, {"param": own, **self.local_state(i)}, self.layout.params[i])
 
     def load_state(self, i: int, whole: Mapping[str, Tensor]) -> None:
-        """Take this rank's pieces of param i's state out of whole tensors, shaped like the param.
+        """Take this rank's part of param i's state out of whole tensors, shaped like the param.
 
         Moments that are not given are zero, and a master is the param's present value.
         """
-        segment = self._segment_of.get(i)
-        if segment is None:
+        extent = self._extent_of.get(i)
+        if extent is None:
             return
-        for name, piece in self.local_state(i).items():
-            value = whole.get(name, self._slots[i] if name == "master" else None)
+        for name, part in self.local_state(i).items():
+            value = whole.get(name, self._slots[i] if name == MASTER else None)
             if value is None:
-                piece.zero_()
+                part.zero_()
             else:
                 memory = flat_row(as_laid_out(value, self._slots[i]))[0]
-                piece.copy_(memory[segment.param_start :][: segment.numel])
+                part.copy_(memory[extent.param_start :][: extent.numel])
 
     def gather_state(self, name: str, keep: bool) -> dict[int, Tensor]:
         """Whole tensors of one state on the CPU, by param; a collective, bucket by bucket.
@@ -401,9 +358,9 @@ class FlatBuffers:
         """
         found = {}
         for bucket, s in zip(self.layout.buckets, self.shards):
-            if name == "master" and not s.copies_down:
+            if name not in s.states:
                 continue
-            shard = getattr(s, name)
+            shard = s.states[name]
             whole = self._zeros(shard.numel() * self._comm.world_size, shard.dtype)
             self._comm.all_gather(whole, shard.contiguous())
             for i in bucket.params if keep else ():
@@ -413,7 +370,12 @@ class FlatBuffers:
         return found
 
 
-def _rows(shard: Tensor, segment: Segment) -> Tensor:
-    """The tiles of a shard that a segment fills, the last one perhaps in part."""
-    first = segment.shard_start // TILE
-    return shard[first : first + -(-segment.numel // TILE)]
+def _rows(shard: Tensor, extent: Extent) -> Tensor:
+    """The tiles of a shard that an extent fills, the last one perhaps in part."""
+    first = extent.shard_start // TILE
+    return shard[first : first + -(-extent.numel // TILE)]
+
+
+def _flat(shard: Tensor, extent: Extent) -> Tensor:
+    """The elements of a shard that are an extent's."""
+    return _rows(shard, extent).view(-1)[: extent.numel]

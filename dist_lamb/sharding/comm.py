@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .. import _torch_private
+
 ProcessGroup = dist.ProcessGroup
 __all__ = ["Comm", "DTensor", "DeviceMesh", "ProcessGroup", "host_comm", "is_dtensor"]
 
@@ -36,7 +38,7 @@ class Comm:
         self.replicas: int = dist.get_world_size(across) if across is not None else 1
         #: whether another group of ranks may compute the same sums
         self.replicated = self.replicas > 1
-        self._nccl = group is not None and _is_nccl(group)
+        self._nccl = group is not None and _torch_private.gpu_backend(group) == "nccl"
         if self.rank < 0:
             raise ValueError("this process is not a member of the process group it was given")
 
@@ -194,14 +196,6 @@ def host_comm(group: ProcessGroup | None = None) -> Comm:
     if _host_group is None or _host_group[0] is not dist.group.WORLD:
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
     return Comm(_host_group[1])
-
-
-def _is_nccl(group: ProcessGroup) -> bool:
-    """Whether tensors on a GPU travel through NCCL."""
-    try:
-        return str(group._get_backend(torch.device("cuda")).name()) == "nccl"
-    except RuntimeError:
-        return False  # no backend for GPUs
 
 
 def _first_difference(theirs: list[list[Any]]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from .. import _torch_private
 
 
 class Hook:
@@ -51,8 +52,8 @@ class _Called:
     def __init__(self, module: nn.Module, hook: Hook) -> None:
         self._module = weakref.ref(module)
         self._hook = hook
-        self._compiled: Any = module._compiled_call_impl
-        module._compiled_call_impl = self
+        self._compiled: Any = _torch_private.compiled_call(module)
+        _torch_private.set_compiled_call(module, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._hook(self._module())
@@ -61,7 +62,7 @@ class _Called:
     def _chain(self) -> list[Any]:
         """What the module runs, from the outside in: other optimizers may have hooks there too."""
         module = self._module()
-        chain = [] if module is None else [module._compiled_call_impl]
+        chain = [] if module is None else [_torch_private.compiled_call(module)]
         while chain and isinstance(chain[-1], _Called):
             chain.append(chain[-1]._compiled)
         return chain
@@ -77,15 +78,12 @@ class _Called:
         if at:
             chain[at - 1]._compiled = self._compiled
         else:
-            module._compiled_call_impl = self._compiled
+            _torch_private.set_compiled_call(module, self._compiled)
 
 
 def _is_compiled(module: nn.Module) -> bool:
     """By ``module.compile()``, or as ``torch.compile(module)`` returned it."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
-        return True
-    return getattr(module, "_compiled_call_impl", None) is not None
+    return _torch_private.is_optimized_module(module) or bool(_torch_private.compiled_call(module))
 
 
 class ForwardOrder:
@@ -133,7 +131,7 @@ class ForwardOrder:
             self._handles.pop(i).remove()
         for i in chosen - self._handles.keys():
             hook, module = Hook(self._before_forward, i), self._modules[i]
-            if getattr(module, "_compiled_call_impl", None) is None:
+            if _torch_private.compiled_call(module) is None:
                 self._handles[i] = module.register_forward_pre_hook(hook)
             else:
                 self._handles[i] = _Called(module, hook)

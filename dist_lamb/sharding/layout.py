@@ -46,7 +46,7 @@ class ParamSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class Extent:
     """One param's piece of one shard: ``numel`` elements."""
 
     param: int
@@ -122,11 +122,11 @@ class Layout:
     def digest(self) -> str:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    def segments(self, rank: int) -> tuple[Segment, ...]:
+    def extents(self, rank: int) -> tuple[Extent, ...]:
         """The pieces that ``rank`` owns, bucket by bucket in the order of the shard."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} of {self.world_size}")
-        found = []
+        extents = []
         for n, b in enumerate(self.buckets):
             shard_numel = b.tiles_per_shard * TILE
             begin, end = rank * shard_numel, (rank + 1) * shard_numel
@@ -134,7 +134,7 @@ class Layout:
                 lo = max(begin, first * TILE)
                 hi = min(end, first * TILE + self.params[i].numel)
                 if lo < hi:
-                    segment = Segment(
+                    extent = Extent(
                         param=i,
                         bucket=n,
                         rank=rank,
@@ -142,17 +142,8 @@ class Layout:
                         shard_start=lo - begin,
                         numel=hi - lo,
                     )
-                    found.append(segment)
-        return tuple(found)
-
-    def shard_tiles(self, rank: int, bucket: int) -> tuple[int, ...]:
-        """The param of each tile of a rank's shard of a bucket, without the padding tiles."""
-        return tuple(
-            s.param
-            for s in self.segments(rank)
-            if s.bucket == bucket
-            for _ in range(-(-s.numel // TILE))
-        )
+                    extents.append(extent)
+        return tuple(extents)
 
 
 def _bucket(params: Sequence[ParamSpec], indices: Sequence[int], world_size: int) -> Bucket:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from operator import attrgetter, is_not
@@ -21,75 +20,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from .. import _torch_private
 from .buffers import FlatBuffers
 from .comm import Comm
+from .comm_stream import CommStream, event
 from .forward_order import ForwardOrder
 
 #: Whole-bucket buffers that gradients are sent from: one is filled while the other travels.
 STAGING_SLOTS = 2
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-class Side:
-    """Where communication runs beside the computation on ``device``."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        self.stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._given, self._done = _event(), _event()
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """What is launched within starts after all that the current stream has been given."""
-        if self.stream is None:
-            yield
-            return
-        current = self.current()
-        self._given.record(current)
-        self.stream.wait_event(self._given)
-        if torch.cuda.current_device() != self.device.index:
-            with torch.cuda.stream(self.stream):
-                yield
-            return
-        torch.cuda.set_stream(self.stream)  # what the context manager does in 20 us more
-        try:
-            yield
-        finally:
-            torch.cuda.set_stream(current)
-
-    def join(self) -> None:
-        """What the current stream is given from now on starts after all that was launched here."""
-        if self.stream is not None:
-            self._done.record(self.stream)
-            self.current().wait_event(self._done)
-
-    def current(self) -> torch.cuda.Stream:
-        """The current stream."""
-        raw = self.raw_current()
-        if raw not in self._streams:
-            self._streams[raw] = torch.cuda.current_stream(self.device)
-        return self._streams[raw]
-
-    def raw_current(self) -> int:
-        """The current stream, as a number: a Stream object takes 10 us to make."""
-        return torch._C._cuda_getCurrentRawStream(self.device.index)
-
-    def wait_for(self, raw: int) -> None:
-        """The current stream waits for another one."""
-        other = (
-            torch.cuda.ExternalStream(raw, self.device)  # type: ignore[no-untyped-call]
-            if raw
-            else torch.cuda.default_stream(self.device)
-        )
-        self.current().wait_stream(other)
 
 
 #: A gradient, and its version then.
@@ -103,7 +42,7 @@ def any_gradient(params: Iterable[Any]) -> bool:
 
 def _mark(grad: Any) -> _Seen | None:
     """What tells a gradient from any other, and from itself once it has changed."""
-    return None if grad is None else (weakref.ref(grad), grad._version)
+    return None if grad is None else (weakref.ref(grad), _torch_private.version(grad))
 
 
 @dataclass
@@ -126,10 +65,10 @@ class GradientReducer:
     in ``p.grad`` and the last round counts.
     """
 
-    def __init__(self, buffers: FlatBuffers, comm: Comm, side: Side, keep: bool) -> None:
+    def __init__(self, buffers: FlatBuffers, comm: Comm, stream: CommStream, keep: bool) -> None:
         self._buffers = buffers
         self._comm = comm
-        self._side = side
+        self._stream = stream
         self._keep = keep
         self._members = [b.params for b in buffers.layout.buckets]
         self._bucketed = [j for members in self._members for j in members]
@@ -140,7 +79,7 @@ class GradientReducer:
         #: While True, gradients stay where they arrive.
         self.paused = False
         self._travelling: list[_Reduction | None] = [None] * STAGING_SLOTS
-        self._sent = [_event() for _ in range(STAGING_SLOTS if side.stream else 0)]
+        self._sent = [event() for _ in range(STAGING_SLOTS if stream.stream else 0)]
         self._squares = torch.zeros(len(self._members), dtype=torch.float64, device=buffers.device)
         self._handles: list[Any] = []
         #: streams on which gradients arrive
@@ -188,7 +127,7 @@ class GradientReducer:
         if grad is None or old is None:
             return grad is not None
         same = old[0]() is grad
-        return not same or bool(old[1] != grad._version)
+        return not same or old[1] != _torch_private.version(grad)
 
     # --- inside backward -------------------------------------------------------------------------
 
@@ -224,7 +163,7 @@ class GradientReducer:
         Whichever params it reaches on this rank: ranks may take different branches of a model.
         """
         hook = self._unless_paused("_told_of_backward")
-        for t in tree_leaves(output):
+        for t in _torch_private.leaves(output):
             if isinstance(t, Tensor) and t.grad_fn is not None:
                 t.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -234,17 +173,16 @@ class GradientReducer:
 
     def _began(self) -> None:
         """Have the round closed when the backward that is running ends."""
-        task = torch._C._current_graph_task_id()
+        task = _torch_private.backward_number()
         if task not in self._tasks:
             self._tasks.add(task)
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._backward_ended)
+            _torch_private.at_end_of_backward(self._backward_ended)
 
     def _arrived(self, j: int) -> None:
         """The gradient of param j is complete, as far as this backward goes."""
         self._began()
-        if self._side.stream is not None:
-            stream = self._side.raw_current()
+        if self._stream.stream is not None:
+            stream = self._stream.raw_current()
             if self._arrivals is None and stream not in self._streams:
                 self.watch()  # there may be others
             self._streams.add(stream)
@@ -266,7 +204,7 @@ class GradientReducer:
 
     def _backward_ended(self) -> None:
         # A backward within a node of another one, as reentrant checkpoints start it: it goes on.
-        if torch._C._current_autograd_node() is not None:
+        if _torch_private.inside_backward_node():
             return
         self._tasks.clear()
         self._close_round()
@@ -299,14 +237,14 @@ class GradientReducer:
     @torch.no_grad()
     def _launch(self, bucket: int) -> None:
         """Send a bucket's gradients on their way, in the staging buffer that is its turn's."""
-        slot, side = bucket % STAGING_SLOTS, self._side
-        self._land(slot)
+        slot, stream = bucket % STAGING_SLOTS, self._stream
+        self._wait_reduce(slot)
         elsewhere: set[int] = set()
-        if side.stream is not None:
-            elsewhere = self._streams - {side.raw_current()}
+        if stream.stream is not None:
+            elsewhere = self._streams - {stream.raw_current()}
             for other in elsewhere:
-                side.wait_for(other)
-            side.current().wait_event(self._sent[slot])
+                stream.wait_for(other)
+            stream.current().wait_event(self._sent[slot])
         staged, present = self._buffers.stage(bucket, slot)
         if self._keep:
             # What was there before is there no more, or again.
@@ -318,23 +256,23 @@ class GradientReducer:
                 grad = self._params[i].grad
                 if grad is not None and elsewhere:
                     # Its memory would be given out again there while it is copied here.
-                    grad.record_stream(side.current())
+                    grad.record_stream(stream.current())
                 self._params[i].grad = None
         self.present.update(present)
-        with side.entered():
+        with stream.entered():
             shard = self._buffers.shards[bucket]
             direct = staged.dtype == shard.grads.dtype and not self._adds(bucket)
             out = shard.grads if direct else torch.empty_like(shard.grads, dtype=staged.dtype)
-            work = self._comm.reduce_scatter(out, staged, async_op=side.stream is None)
+            work = self._comm.reduce_scatter(out, staged, async_op=stream.stream is None)
             self._travelling[slot] = _Reduction(bucket, out, work)
-            if side.stream is not None:
-                self._land(slot)
-                self._sent[slot].record(side.stream)
+            if stream.stream is not None:
+                self._wait_reduce(slot)
+                self._sent[slot].record(stream.stream)
 
     def _adds(self, bucket: int) -> bool:
         return self._held[bucket] and not self._keep
 
-    def _land(self, slot: int) -> None:
+    def _wait_reduce(self, slot: int) -> None:
         """Wait for what travels from a staging buffer, and add it to the shard."""
         reduction = self._travelling[slot]
         if reduction is None:
@@ -355,7 +293,7 @@ class GradientReducer:
                 grads.copy_(mean)
         self._held[bucket] = True
         self._squared[bucket] = False
-        if self._side.stream is not None and self.squares_wanted:
+        if self._stream.stream is not None and self.squares_wanted:
             self._square(bucket)
 
     # --- at the step -----------------------------------------------------------------------------
@@ -369,13 +307,13 @@ class GradientReducer:
         touched = self._touched() if self._keep else grads_left
         if touched or not self._rounds or self._next:
             self._close_round()
-        self._land_all()
+        self._wait_reduces()
 
-    def _land_all(self) -> None:
+    def _wait_reduces(self) -> None:
         """Wait for everything that travels, and let the current stream do so."""
         for slot in range(STAGING_SLOTS):
-            self._land(slot)
-        self._side.join()
+            self._wait_reduce(slot)
+        self._stream.join()
 
     def _touched(self) -> bool:
         """Whether gradients, which are kept, were set, changed or dropped by hand since."""
@@ -398,7 +336,7 @@ class GradientReducer:
     def discard(self, gone: bool) -> None:
         """Drop what has been reduced since the last step: gradients are zero, or ``gone``."""
         if self._rounds or self._next:
-            self._land_all()
+            self._wait_reduces()
         self.forget(gone)
 
 
@@ -409,17 +347,17 @@ class ParamGatherer:
     """
 
     def __init__(
-        self, buffers: FlatBuffers, comm: Comm, side: Side, order: ForwardOrder | None
+        self, buffers: FlatBuffers, comm: Comm, stream: CommStream, order: ForwardOrder | None
     ) -> None:
         self._buffers = buffers
         self._comm = comm
-        self._side = side
+        self._stream = stream
         self._order = order
         #: what forward still waits for, by bucket
         self._pending: dict[int, Any] = {}
         #: the buckets that each module waits for
         self._needs: dict[int, set[int]] = {}
-        self._ready = [_event() for _ in (buffers.shards if side.stream else ())]
+        self._ready = [event() for _ in (buffers.shards if stream.stream else ())]
         if order is not None:
             position = {id(p): j for j, p in enumerate(buffers.params)}
             bucket_of = {j: n for n, b in enumerate(buffers.layout.buckets) for j in b.params}
@@ -434,13 +372,13 @@ class ParamGatherer:
         if not set().union(*self._needs.values()) >= set(self._buckets()):
             self.gather()  # nobody would wait for some of them
             return
-        on_cpu = self._side.stream is None
-        with self._side.entered():
+        on_cpu = self._stream.stream is None
+        with self._stream.entered():
             for bucket in self._buckets():
                 work = self._send(bucket, async_op=on_cpu)
                 if not on_cpu:
                     work = self._ready[bucket]
-                    work.record(self._side.stream)
+                    work.record(self._stream.stream)
                 self._pending[bucket] = work
 
     def gather(self) -> None:
@@ -471,6 +409,6 @@ class ParamGatherer:
     def _wait_for(self, bucket: int) -> None:
         ready = self._pending.pop(bucket, None)
         if isinstance(ready, torch.cuda.Event):
-            self._side.current().wait_event(ready)
+            self._stream.current().wait_event(ready)
         elif ready is not None:
             ready.wait()

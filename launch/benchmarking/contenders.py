@@ -17,7 +17,7 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-6, 0.01
 
 
 class EagerLoop(torch.optim.Optimizer):
-    """LAMB as one writes it at first: a Python loop over tensors, some ten eager ops for each.
+    """LAMB written directly: a Python loop over tensors, some ten eager ops for each.
 
     For scale, and what most published implementations are. Keeps no masters.
     """

@@ -22,7 +22,7 @@ from .workloads import WORKLOADS, Shape, numel
 #: Largest |x - reference| / max|reference| after GATE_STEPS steps that still counts as LAMB.
 GATE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 GATE_STEPS = 3
-#: Steps timed in a row, unless they take long: the first finds the host's caches full of others.
+#: Steps timed in a row, unless they take long: the host's caches are cold in the first.
 IN_A_ROW, ENOUGH_MS = 8, 20.0
 #: header, column of the rows, format
 COLUMNS = (
@@ -149,7 +149,7 @@ def _measure(
             skipped.append(f"{contender.name}: {why}")
     del reference, expected
     gc.collect()
-    # Interleaved, so that a machine that slows down slows all of them down.
+    # Interleaved, so that a change of the machine's speed affects all contenders.
     for i in range(repeats + 2):
         for run in runs:
             device_ms, host_ms = _time(run.optimizer.step, device)

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="times to go through all contenders, which then share a machine's good and bad moods",
+        help="times to go through all contenders, so that all see the machine's changes of speed",
     )
     parser.add_argument("--lr", type=float, default=contenders.LR)
     parser.add_argument(
@@ -197,7 +197,7 @@ def measure(args: argparse.Namespace, work: Work, chosen: list[Contender], ranks
         setting = _setting(args, work, precision, ranks)
         these: list[dict[str, Any]] = []
         skipped: list[str] = []
-        # Alone a second time: the two differ by as much as the machine does.
+        # Alone a second time: the difference of the two is the variation of the machine.
         runs = [_Run(c) for c in (_alone(ALONE), *chosen, _alone(f"{ALONE}, again"))]
         for last in [False] * (args.rounds - 1) + [True]:
             for run in list(runs):
@@ -273,7 +273,7 @@ def trace(args: argparse.Namespace, work: Work, contender: Contender, ranks: Ran
     with train_trace.recorded(path if ranks.rank == 0 else None, ranks.device.type) as ended:
         for i, batch in enumerate(list(batches), start=1):
             _step(training, batch, setting)
-            if i == steps:  # what is still on its way belongs to the trace
+            if i == steps:  # communication that still runs belongs to the trace
                 _synchronize(ranks)
             ended()
 
@@ -463,7 +463,7 @@ def _timed(
         _step(training, batch, setting)
     _synchronize(ranks)
     if on_gpu:
-        # What building it took is not what training takes.
+        # The memory that building takes is not counted as that of training.
         torch.cuda.reset_peak_memory_stats()
     marks = _Marks(ranks.device)
     for batch in batches[args.warmup : -1]:
@@ -475,7 +475,7 @@ def _timed(
         run.peak = max(run.peak, torch.cuda.max_memory_allocated() - before)
     run.rounds += 1
 
-    # Apart from the steps above: the waiting would take away their overlap.
+    # Not within the steps above: the waits would remove their overlap.
     for _ in range(OPTIMIZER_STEPS if training.optimizes else 0):
         training.backward(training.forward(batches[-1], setting))
         _synchronize(ranks)

@@ -89,7 +89,7 @@ class Training:
     def whole_params(self) -> dict[str, Tensor]:
         """{name: a copy of the whole param}, the same on every rank; a collective."""
         synchronize = getattr(self.optimizer, "synchronize", None)
-        if synchronize is not None:  # params may still be on their way from other ranks
+        if synchronize is not None:  # the gather of params may still run
             synchronize()
         return {n: _whole(p.detach()).clone() for n, p in self.module.named_parameters()}
 
@@ -111,7 +111,7 @@ class _Fsdp2(Training):
 
 
 class _Apex(Training):
-    """apex's DistributedFusedLAMB, whose training loop its own test shows."""
+    """apex's DistributedFusedLAMB, in the training loop of apex's own test."""
 
     def backward(self, loss: Tensor) -> None:
         self.optimizer._lazy_init_stage1()
@@ -274,7 +274,7 @@ CONTENDERS = (
         for stage in (1, 2)
         for overlap in (True, False)
     ),
-    # Last: an engine leaves memory behind.
+    # Last: an engine does not free all of its memory.
     *(
         Contender(
             name=f"DeepSpeed ZeRO-{stage} + {label}",

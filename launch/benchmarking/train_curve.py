@@ -34,7 +34,7 @@ def compare(
     far = False
     for name, losses in others:
         differences = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
-        # max() would pass over a NaN
+        # max() would ignore a NaN
         differences = [math.inf if math.isnan(d) else d for d in differences]
         worst = max(differences)
         say(

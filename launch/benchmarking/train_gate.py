@@ -26,8 +26,8 @@ GATE_LR = 2e-2
 #: Largest ||x - reference|| / ||reference - start|| of a param that still counts as LAMB. Trust
 #: ratios of cut tensors are off by 0.15 and more.
 GATE = {torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
-#: Softmax does not see the key's bias: its gradient is rounding alone, which Adam's direction
-#: scales up to full size, differently on every path.
+#: Softmax is invariant to the key's bias: its gradient is rounding error alone, which Adam's
+#: direction scales up to full size, differently in every implementation.
 NOISE = "attention.self.key.bias"
 
 
@@ -91,7 +91,7 @@ class Gate:
         # Ranks that decide differently would wait for each other, and replicas may have drifted.
         every: list[Any] = [None] * self._ranks.world_size
         dist.all_gather_object(every, errors)
-        # max() alone would pass over a NaN
+        # max() alone would ignore a NaN
         return max(
             ((math.inf if math.isnan(e) else e, name) for each in every for name, e in each.items())
         )

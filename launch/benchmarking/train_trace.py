@@ -140,7 +140,7 @@ def read(path: Path) -> Timeline:
 
     extents: list[tuple[str, float, float]] = []
     for i, (begin, end, name, _) in enumerate(ranges):
-        # where its kernels ran: the host may be far ahead
+        # when its kernels ran: the host may have launched them long before
         own = [s for s in spans if s.phase == i and s.kind in ("compute", "optimizer")]
         extents.append(
             (

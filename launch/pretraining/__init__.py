@@ -1,4 +1,4 @@
-"""The parts of ``launch/pretrain.py``, one idea a file.
+"""The parts of ``launch/pretrain.py``, one topic a file.
 
 ====================  ==========================================================================
 ``config``            the TOML file as frozen dataclasses; every wrong key or value has a message
@@ -8,10 +8,11 @@
 ``batches``           global batches cut into ranks and micro-batches; resumable position
 ``model``             BERT whose head runs on the masked positions alone
 ``engines``           how gradients and optimizer state are spread over ranks: the registry
-``engine_<name>``     an engine; ``engine_base`` is what the training loop knows of one
+``engine_<name>``     an engine; ``engine_base`` is the interface that the training loop uses
 ``ranks``             process group, device, threads, signals
 ``checkpoint``        save and resume, at any number of ranks
 ``report``            progress bar, JSON lines, TensorBoard
-``curves``            the picture at the end
+``skips``             steps that the optimizer skipped for gradients that are not finite
+``curves``            the chart at the end
 ====================  ==========================================================================
 """

@@ -1,7 +1,7 @@
 """Sequences, and the global batches made of them.
 
-A batch is defined for the whole job: the samples ``[p, p + global_batch)`` of one endless row, in
-which epoch e is the corpus in an order drawn from (seed, e). Ranks and micro-batches only cut it.
+A batch is defined for the whole job: the samples ``[p, p + global_batch)`` of one infinite row, in
+which epoch e is the corpus in an order drawn from (seed, e). Ranks and micro-batches divide it.
 The position ``p`` is all there is to save, and it means the same at any number of ranks.
 """
 
@@ -168,8 +168,8 @@ class EvalBatch(NamedTuple):
 class HeldOutBatches:
     """The same held-out sequences under the same masks at every evaluation.
 
-    Every rank gets the same number of batches of the same shape, so collectives inside a forward
-    pass stay in step; what the last ranks get too much has weight 0.
+    Every rank gets the same number of batches of the same shape, so that collectives inside a
+    forward pass match; sequences that only fill the last batches have weight 0.
     """
 
     sequences: PackedSequences
@@ -196,7 +196,7 @@ def to_device(arrays: MaskedSequences, device: torch.device) -> tuple[Tensor, Te
     """``input_ids`` [B, S], ``positions`` [B, M], ``labels`` [B, M] as int64 tensors."""
     tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":
-        # From pageable memory the copy would stop the host until the device has caught up.
+        # From pageable memory the copy would block the host until the device has finished.
         tensors = [tensor.pin_memory() for tensor in tensors]
     input_ids, positions, labels = (t.to(device, non_blocking=True) for t in tensors)
     return input_ids, positions, labels

@@ -22,7 +22,8 @@ from pretraining.engine_base import Engine
 
 FOLDER = "checkpoints"
 
-# Where the text lies, how the work is spread, and what is looked at: not what is computed.
+# Where files are, how the work is distributed, and what is reported: not what is computed with
+# finite gradients.
 # The schedule follows train.steps, so a run can be made longer.
 _MAY_CHANGE = frozenset(
     {
@@ -31,9 +32,11 @@ _MAY_CHANGE = frozenset(
         "optim.engine",
         "optim.stage",
         "optim.deepspeed",
+        "optim.nonfinite",
         "train.steps",
         "train.micro_batch",
         "train.device",
+        "train.max_skipped_in_a_row",
         "train.log_every",
         "train.eval_every",
         "train.eval_sequences",
@@ -57,11 +60,11 @@ def save(
     batches: TrainBatches,
     beside: bool = False,
 ) -> None:
-    """Write everything a run needs to go on after ``step``. All ranks call it.
+    """Write everything a run needs to continue after ``step``. All ranks call it.
 
     Args:
         tokens: digest of the token ids trained on.
-        beside: return as soon as a copy is made; the next call waits, and has its error.
+        beside: return as soon as a copy is made; the next call waits, and raises its error.
 
     Raises:
         CheckpointError: on every rank, with the file that could not be written.
@@ -122,6 +125,8 @@ def resume(
             path,
             *engine.checkpointed(),
             stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
+            # All other options are the same: they follow from the settings compared above.
+            options="saved" if "optim.nonfinite" in changed else "same",
         )
         engine.after_load()
     except CheckpointError as error:
@@ -131,6 +136,7 @@ def resume(
         engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(scheduler.last_epoch)
+        group["nonfinite"] = config.optim.nonfinite
     return found.step, [f"{name}: {change}" for name, change in changed.items()]
 
 

@@ -145,6 +145,9 @@ class OptimConfig(_Section):
     adapt: Literal["all", "decayed"] = "all"
     """Which parameters get a trust ratio: all, as in the paper, or not the biases and normalisation
     weights, as in NVIDIA's recipe. Those never decay."""
+    nonfinite: Literal["skip", "propagate"] = "skip"
+    """A step with a gradient that is not finite on some rank: ``skip`` changes no parameter or
+    state and counts it, ``propagate`` makes it. Data and lr schedule advance in either case."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,6 +167,7 @@ class OptimConfig(_Section):
             "eps": self.eps,
             "max_grad_norm": self.max_grad_norm or None,
             "adapt": self.adapt,
+            "nonfinite": self.nonfinite,
         }
 
 
@@ -179,6 +183,9 @@ class TrainConfig(_Section):
     seed: Count = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     autocast: Literal["none", "bf16"] = "none"
+    max_skipped_in_a_row: Count = 10
+    """This many consecutive steps skipped by ``optim.nonfinite`` end the run with an error; 0 =
+    never. If log lines are further apart, the counts are read once in this many steps."""
     log_every: PositiveInt = 10
     eval_every: Count = 0
     """Steps between held-out evaluations besides the first and the last; 0 = only those two."""
@@ -188,7 +195,7 @@ class TrainConfig(_Section):
     keep_checkpoints: PositiveInt = 2
     """Older ones are removed."""
     save_async: bool = True
-    """Write checkpoints beside the training, from a copy in host memory."""
+    """Write checkpoints while training continues, from a copy in host memory."""
     run_dir: str = ""
     """Where everything is written; empty = ``runs/<name of the config file>``."""
     resume: Literal["auto", "never"] = "auto"
@@ -338,7 +345,7 @@ def _converted(hint: Any, value: Any) -> Any:
         return number
     if origin is Literal:
         for choice in args:
-            # True == 1, and a TOML file that says so is wrong.
+            # True == 1, but a boolean is not a valid choice.
             if value == choice and type(value) is type(choice):
                 return choice
         raise ValueError

@@ -1,4 +1,4 @@
-"""The picture at the end of a run, drawn from its log.
+"""The chart at the end of a run, drawn from its log.
 
 To redraw it: ``PYTHONPATH=launch python -m pretraining.curves RUN_DIR``.
 """
@@ -108,7 +108,7 @@ def _draw_trust(axes: Axes, rows: list[dict[str, Any]]) -> None:
     steps = [row["step"] for row in rows]
     layers = [group for group in rows[0]["trust"]["groups"] if group.startswith("layer")]
     others = [group for group in rows[0]["trust"]["groups"] if group not in layers]
-    # Depth is an order, so the layers share one ramp; what is no layer stands apart from it.
+    # Layers are ordered by depth, so they share one ramp; other groups have colours outside it.
     ramp = plt.get_cmap("viridis")(np.linspace(0.05, 0.9, max(len(layers), 1)))
     apart = {"embeddings": _INK, "head": _HELD_OUT}
     for group in others[:1] + layers + others[1:]:

@@ -1,4 +1,4 @@
-"""What the training loop knows of an engine, and what most engines have alike."""
+"""The interface of an engine, and the part that most engines share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Engine(Protocol):
     model: nn.Module
     """To be called as ``model(input_ids, positions, labels)``."""
     optimizer: Optimizer
-    """What the lr schedule drives."""
+    """Its lr is set by the schedule."""
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; ``last`` of its step or not."""
@@ -32,6 +32,10 @@ class Engine(Protocol):
     def trust_ratios(self) -> dict[str, Tensor]:
         """Trust ratio of each adapted parameter in the last step, by name; 0-d, on the device."""
 
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped so far, the same on all ranks; a new 0-d tensor, on the
+        device."""
+
     def checkpointed(self) -> tuple[nn.Module, Lamb | ShardedLamb]:
         """What ``dist_lamb.checkpoint`` saves, or loads into."""
 
@@ -43,7 +47,7 @@ class Engine(Protocol):
 
 
 class PlainEngine:
-    """An engine whose optimizer is dist_lamb's own and is stepped by hand."""
+    """An engine whose optimizer is dist_lamb's and is stepped directly."""
 
     model: nn.Module
     optimizer: Lamb | ShardedLamb
@@ -57,6 +61,9 @@ class PlainEngine:
 
     def trust_ratios(self) -> dict[str, Tensor]:
         return self.optimizer.trust_ratios()
+
+    def skipped_steps(self) -> Tensor:
+        return self.optimizer.skipped_steps()
 
     def checkpointed(self) -> tuple[nn.Module, Lamb | ShardedLamb]:
         return self.model, self.optimizer

@@ -1,6 +1,6 @@
 """How gradients and optimizer state are spread over ranks: one class an engine, one registry.
 
-The training loop knows an engine only through ``engine_base.Engine``. A new one is a class in a
+The training loop uses an engine only through ``engine_base.Engine``. A new one is a class in a
 file of its own, a line in ``ENGINES`` and its name in ``OptimConfig.engine``.
 """
 

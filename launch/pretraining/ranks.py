@@ -17,13 +17,13 @@ from torch import Tensor
 from pretraining.config import ConfigError, TrainConfig
 
 T = TypeVar("T")
-#: A flag that is being agreed on, and what to wait for before reading it.
+#: A flag in an all-reduce, and what to wait for before reading it.
 Work: TypeAlias = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is in the job."""
+    """Rank and device of this process, and the number of ranks."""
 
     rank: int
     local_rank: int
@@ -41,7 +41,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for every rank, on the host."""
-        # On the host's memory, so through gloo: dist.barrier() would ask the GPU.
+        # On the host's memory, so through gloo: dist.barrier() would use the GPU.
         dist.all_reduce(torch.zeros(1))
 
     def stopping(self, asked: bool) -> Work:
@@ -88,7 +88,7 @@ class StopRequest:
 
 
 def check_restarts(train: TrainConfig) -> str:
-    """What to tell the user of a job that torchrun restarts (``--max-restarts``); mostly nothing.
+    """A hint for the user of a job that torchrun restarts (``--max-restarts``); mostly empty.
 
     Raises:
         ConfigError: every restart would start the run over.
@@ -114,7 +114,7 @@ def started(train: TrainConfig) -> Iterator[Ranks]:
     environment, or a job of one where it describes none.
 
     Raises:
-        ConfigError: ``train.device`` is not to be had on this machine.
+        ConfigError: ``train.device`` is not available on this machine.
     """
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

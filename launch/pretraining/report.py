@@ -1,4 +1,4 @@
-"""What a run tells: a live bar or plain lines, JSON lines, TensorBoard events.
+"""The output of a run: a live bar or plain lines, JSON lines, TensorBoard events.
 
 All of them are fed with the same rows, one a training step and one an evaluation. Only rank 0 has
 any; on the other ranks a report has no outlets and costs nothing.
@@ -7,7 +7,6 @@ any; on the other ranks a report has no outlets and costs nothing.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 import time
@@ -53,7 +52,9 @@ class TrainRow:
     lr: float
     tokens_per_s: float
     samples: int
-    """Training sequences up to and with this step: where the data goes on."""
+    """Training sequences up to and with this step: the position of the next batch."""
+    skipped_steps: int
+    """Up to and with this step: those that the optimizer skipped, see ``optim.nonfinite``."""
     trust: Trust | None = None
     kind: ClassVar[str] = "train"
 
@@ -108,7 +109,7 @@ class Report:
 
 def open_report(run_dir: Path, first_step: int, total_steps: int) -> Report:
     """Rank 0's report. Rows of steps after ``first_step``, written by a run that got further than
-    its last checkpoint, are taken back."""
+    its last checkpoint, are removed."""
     return Report(
         [
             JsonLines(run_dir / LOG_NAME, first_step),
@@ -130,7 +131,7 @@ class JsonLines:
 
     def _write(self, rows: Sequence[TrainRow | HeldOutRow]) -> None:
         self._file.writelines(json.dumps({"kind": row.kind, **asdict(row)}) + "\n" for row in rows)
-        # What is on the screen is in the file: someone is reading along.
+        # The file has every row that the terminal shows.
         self._file.flush()
 
     def train(self, rows: Sequence[TrainRow]) -> None:
@@ -184,6 +185,7 @@ class TensorBoard:
             add("train/loss", row.loss, row.step)
             add("train/lr", row.lr, row.step)
             add("train/tokens_per_s", row.tokens_per_s, row.step)
+            add("train/skipped_steps", row.skipped_steps, row.step)
             if row.trust is not None:
                 for name in ("min", "median", "max"):
                     add(f"trust_ratio/{name}", getattr(row.trust, name), row.step)
@@ -202,14 +204,14 @@ class TensorBoard:
 
 
 def terminal(first_step: int, total_steps: int) -> Outlet:
-    """A live bar where someone watches, a line every log step where the output is a file."""
+    """A live bar on a terminal, a line every log step where the output is a file."""
     if sys.stdout.isatty():
         return LiveBar(first_step, total_steps)
     return PlainLines(first_step, total_steps)
 
 
 class LiveBar:
-    """A bar at the bottom of the terminal; evaluations and remarks scroll above it."""
+    """A bar at the bottom of the terminal; evaluations and messages scroll above it."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         console = Console(highlight=False)
@@ -274,6 +276,8 @@ def _numbers(row: TrainRow) -> str:
     text = f"loss {row.loss:.4f}  lr {row.lr:.1e}  {compact(row.tokens_per_s)} tokens/s"
     if row.trust is not None:
         text += f"  trust {row.trust.min:.2g}/{row.trust.median:.2g}/{row.trust.max:.2g}"
+    if row.skipped_steps:
+        text += f"  skipped {row.skipped_steps}"
     return text
 
 
@@ -329,7 +333,3 @@ def summarize_trust(ratios: dict[str, Tensor], shapes: dict[str, torch.Size]) ->
         max=values.max().item(),
         groups={group: statistics.median(by_group[group]) for group in sorted(by_group)},
     )
-
-
-def is_finite(rows: Sequence[TrainRow]) -> bool:
-    return all(math.isfinite(row.loss) for row in rows)

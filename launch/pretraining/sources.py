@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests, other people's packages and the character tables of `encodings` are not prose or programs.
+# Tests, installed packages and the character tables of `encodings` are not prose or programs.
 _STDLIB_SKIPPED = frozenset(
     {"test", "tests", "idle_test", "idlelib", "encodings", "site-packages", "dist-packages"}
 )

@@ -159,7 +159,7 @@ def _build(directory: Path, corpus: Corpus, data: DataConfig, say: Callable[[str
         try:
             building.rename(directory)
         except OSError:
-            # Another run made the same entry first; a real failure left none.
+            # Another run made the same entry first; after a real failure there is none.
             if not (directory / "meta.json").exists():
                 raise
     finally:
@@ -226,7 +226,7 @@ def _alphabet(documents: Sequence[Document], limit: int) -> list[str]:
 
 
 def _is_punctuation(character: str) -> bool:
-    """What BertPreTokenizer makes a word of its own, so that no piece continues with it."""
+    """What BertPreTokenizer splits off as a word, so that no piece continues with it."""
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 

@@ -1,6 +1,6 @@
 """DeepSpeedLamb over NCCL, run by torchrun on GPUs; not collected by pytest:
 
-    torchrun --standalone --nproc-per-node 2 tests/deepspeed_on_gpus.py
+    torchrun --standalone --nproc-per-node 2 tests/manual/deepspeed_on_gpus.py
 
 Float32, bfloat16 and float16 (with overflows) at stages 0-3 against Lamb without shards on the CPU.
 """
@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from deepspeed_runs import Case, Run, device, plain, worst_error
 
 BOUNDS = {"fp32": 1e-5, "bf16": 2**-6, "fp16": 2**-8}

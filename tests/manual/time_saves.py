@@ -1,6 +1,6 @@
 """How long a checkpoint of the quickstart's model holds up training, written at once or beside it.
 
-python tests/time_saves.py --folder /tmp/saves
+python tests/manual/time_saves.py --folder /tmp/saves
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "tests"), str(ROOT)]
 
 import torch  # noqa: E402

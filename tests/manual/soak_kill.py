@@ -1,6 +1,6 @@
 """kill -9 a rank of launch/pretrain.py at random moments, again and again, and see it come back.
 
-    python tests/soak_kill.py --kills 100 --folder /tmp/soak
+    python tests/manual/soak_kill.py --kills 100 --folder /tmp/soak
 
 Runs the job once undisturbed, then under ``torchrun --max-restarts`` while one rank after another
 is killed, and compares the two logs. Prints its counts and ends with status 1 if anything was lost.
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "tests"), str(ROOT)]
 
 from pretraining.report import read_log  # noqa: E402
-from test_corpus import write_texts  # noqa: E402
+from texts import write_texts  # noqa: E402
 
 from dist_lamb import checkpoint  # noqa: E402
 

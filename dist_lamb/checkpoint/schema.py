@@ -1,4 +1,4 @@
-"""What a checkpoint of a model and its LAMB holds, whichever engine trains it.
+"""The tensors and options in a checkpoint of a model and its LAMB, the same for every engine.
 
 ==================================  =============================================================
 ``model.<name>``                    a parameter or buffer, by its name in ``model.state_dict()``
@@ -7,14 +7,17 @@
 ``rng``                             [ranks, n] bytes: every rank's random number generators
 ==================================  =============================================================
 
-A parameter that never had a gradient may lack its state, which is zero then.
+The state of a parameter that never had a gradient may be absent; it is zero then.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,18 +29,24 @@ from ..base import LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import is_dtensor
 from ..sharding.dtensors import local_of, wrapped
-from ..state import TENSOR_STATES, needs_master, state_dtype, state_like
+from ..state import MASTER, TENSOR_STATES, state_dtype, state_like, states_of
 from .errors import CheckpointError
 from .files import Checkpoint, Entry
 from .fragments import Fragment
-from .plain import decode, encode, memory_of
+from .json_codec import decode, encode, memory_of
 
-#: What to do with options that differ: refuse, take the checkpoint's, keep the optimizer's own.
+#: If options differ: raise, use the checkpoint's, or keep the optimizer's.
 WhichOptions: TypeAlias = Literal["same", "saved", "own"]
 
-#: Not compared: which params, how they are computed, and what a schedule changes.
-_NOT_COMPARED = frozenset({"params", "param_names", "lr", "initial_lr", *lamb_options.TORCH_FLAGS})
-#: Parts of names that wrappers put in: torch.compile, activation checkpointing.
+#: Group entries that :func:`check_groups` does not compare: the params, the flags that select the
+#: implementation, what a schedule changes, and the count of skipped steps.
+_NOT_COMPARED = frozenset(
+    {
+        *("params", "param_names", "lr", "initial_lr", "skipped_steps"),
+        *lamb_options.TORCH_FLAGS,
+    }
+)
+#: Parts of names that wrappers add: torch.compile, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _RNG_NBYTES = 2**15
 
@@ -46,7 +55,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name: parameter or buffer}; a tied one once, under its first name."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, t in model.state_dict(keep_vars=True).items():
         for wrapper in _WRAPPERS:
@@ -55,12 +64,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             raise CheckpointError(f"{name} of the model is no tensor but a {type(t).__name__}")
         if id(t) not in seen:
             seen.add(id(t))
-            found[name] = t
-    return found
+            tensors[name] = t
+    return tensors
 
 
 class Names:
-    """Who is called what in a checkpoint.
+    """The names in a checkpoint of the model's tensors and of the optimizer's params.
 
     Raises ``CheckpointError`` naming a param of the optimizer that the model does not have.
     """
@@ -74,12 +83,13 @@ class Names:
             return
         if not isinstance(optimizer, LambBase):
             raise TypeError(f"Lamb or ShardedLamb expected, got {type(optimizer).__name__}")
-        for group in optimizer.param_groups:
-            for own, p in zip(optimizer._names_of(group), group["params"]):
+        for group in optimizer.named_groups():
+            for name, p in group:
                 if id(p) not in names:
-                    raise CheckpointError(f"{own} of the optimizer is no parameter of the model")
-            self.groups.append([names[id(p)] for p in group["params"]])
-            self.params.update(zip(self.groups[-1], group["params"]))
+                    raise CheckpointError(f"{name} of the optimizer is no parameter of the model")
+            params = {names[id(p)]: p for _, p in group}
+            self.groups.append(list(params))
+            self.params.update(params)
 
 
 # --- saving --------------------------------------------------------------------------------------
@@ -88,30 +98,29 @@ class Names:
 def tensors_to_save(names: Names, optimizer: LambBase | None) -> dict[str, Any]:
     """{key: tensor, DTensor or Fragment}: this rank's part of everything, and what all have."""
     pieces = optimizer.pieces() if isinstance(optimizer, ShardedLamb) else {}
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, t in names.model.items():
-        piece = pieces.get(t)
-        cut = piece is not None and t.numel()
-        found[f"model.{name}"] = _fragment(piece, "param") if cut else t.detach()
+        tensors[f"model.{name}"] = (
+            _fragment(pieces[t], "param") if t in pieces and t.numel() else t.detach()
+        )
     for name, p in names.params.items():
         assert optimizer is not None
-        state = optimizer.state.get(p, {})
-        for kind, value in state.items():
-            key = f"optimizer.{name}.{kind}"
-            if kind == "step":
-                found[key] = torch.as_tensor(value, dtype=torch.float32).detach()
-            elif kind not in TENSOR_STATES:
+        for state_name, value in optimizer.state.get(p, {}).items():
+            key = f"optimizer.{name}.{state_name}"
+            if state_name == "step":
+                tensors[key] = torch.as_tensor(value, dtype=torch.float32).detach()
+            elif state_name not in TENSOR_STATES:
                 raise CheckpointError(f"{key} is no state of LAMB")
             elif p in pieces and p.numel():
-                found[key] = _fragment(pieces[p], kind)
+                tensors[key] = _fragment(pieces[p], state_name)
             else:
                 # An empty param's piece is flat; what is saved has the param's shape.
-                found[key] = value.detach().view(p.shape) if p in pieces else value.detach()
-    return found
+                tensors[key] = value.detach().view(p.shape) if p in pieces else value.detach()
+    return tensors
 
 
-def _fragment(piece: Any, kind: str) -> Fragment:
-    return Fragment(piece.whole.shape, piece.whole.stride, piece.start, piece.views[kind])
+def _fragment(piece: Any, view: str) -> Fragment:
+    return Fragment(piece.whole.shape, piece.whole.stride, piece.start, piece.views[view])
 
 
 def groups_to_save(names: Names, optimizer: LambBase | None) -> list[dict[str, Any]]:
@@ -131,65 +140,62 @@ def groups_to_save(names: Names, optimizer: LambBase | None) -> list[dict[str, A
 
 
 def check_tensors(checkpoint: Checkpoint, names: Names) -> None:
-    """Raise ``CheckpointError`` naming the first param or state that is missing or another."""
-    saved, where = checkpoint.tensors, checkpoint.path
+    """Raise ``CheckpointError`` naming the first param or state that is missing or differs."""
+    saved, path = checkpoint.tensors, checkpoint.path
     own = {f"model.{name}": t for name, t in names.model.items()}
     for key, t in own.items():
         if key not in saved:
-            raise CheckpointError(f"{where}: has no {key}")
-        _compare(where, key, saved[key], tuple(t.shape), t.dtype)
+            raise CheckpointError(f"{path}: has no {key}")
+        _check_entry(path, key, saved[key], tuple(t.shape), t.dtype)
     for key in saved:
         if key.startswith("model.") and key not in own:
-            raise CheckpointError(f"{where}: has {key}, which the model lacks")
+            raise CheckpointError(f"{path}: has {key}, which the model lacks")
     for name, p in names.params.items():
-        kinds = states_of(p) if has_state(checkpoint, name) else []
-        for kind in kinds:
-            key = f"optimizer.{name}.{kind}"
+        for state_name in state_names(p) if has_state(checkpoint, name) else ():
+            key = f"optimizer.{name}.{state_name}"
             if key not in saved:
-                raise CheckpointError(f"{where}: has no {key}")
-            if kind == "step":
-                _compare(where, key, saved[key], (), torch.float32)
+                raise CheckpointError(f"{path}: has no {key}")
+            if state_name == "step":
+                _check_entry(path, key, saved[key], (), torch.float32)
             else:
-                _compare(where, key, saved[key], tuple(p.shape), state_dtype(p.dtype))
+                _check_entry(path, key, saved[key], tuple(p.shape), state_dtype(p.dtype))
 
 
-def _compare(
-    where: Any, key: str, saved: Entry, shape: tuple[int, ...], dtype: torch.dtype
+def _check_entry(
+    path: Path, key: str, saved: Entry, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     if (saved.shape, saved.dtype) != (shape, dtype):
         raise CheckpointError(
-            f"{where}: {key} is {list(saved.shape)} {saved.dtype}, here it is {list(shape)} {dtype}"
+            f"{path}: {key} is {list(saved.shape)} {saved.dtype}, here it is {list(shape)} {dtype}"
         )
 
 
 def has_state(checkpoint: Checkpoint, name: str) -> bool:
     """Whether there is any state of this param."""
-    kinds = ("step", *TENSOR_STATES)
-    return any(f"optimizer.{name}.{kind}" in checkpoint.tensors for kind in kinds)
+    return any(f"optimizer.{name}.{s}" in checkpoint.tensors for s in ("step", *TENSOR_STATES))
 
 
-def states_of(p: Tensor) -> list[str]:
-    kinds = ["step", "exp_avg", "exp_avg_sq"]
-    return [*kinds, "master"] if needs_master(p.dtype) else kinds
+def state_names(p: Tensor) -> tuple[str, ...]:
+    return ("step", *states_of(p.dtype))
 
 
 def check_groups(
     checkpoint: Checkpoint, names: Names, optimizer: LambBase, which: WhichOptions
 ) -> None:
     """Raise ``CheckpointError`` naming a param in another group, or an option that differs."""
-    saved, where = checkpoint.state["groups"], checkpoint.path
+    saved, path = checkpoint.state["groups"], checkpoint.path
     if not saved:
-        raise CheckpointError(f"{where}: was saved without an optimizer")
-    homes = {name: i for i, group in enumerate(saved) for name in group["params"]}
+        raise CheckpointError(f"{path}: was saved without an optimizer")
+    group_of = {name: i for i, group in enumerate(saved) for name in group["params"]}
     for i, params in enumerate(names.groups):
         for name in params:
-            if homes.pop(name, None) != i:
+            if group_of.pop(name, None) != i:
                 raise CheckpointError(
-                    f"{where}: {name} is not in parameter group {i}, as it is here"
+                    f"{path}: {name} is not in parameter group {i}, as it is here"
                 )
-    for name, i in homes.items():
+    for name, i in group_of.items():
         raise CheckpointError(
-            f"{where}: {name} is in parameter group {i}, and not in this optimizer"
+            f"{path}: {name} is in parameter group {i}, and not in this optimizer"
         )
     for i, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups)):
         if which == "saved":
@@ -197,11 +203,11 @@ def check_groups(
             try:
                 lamb_options.check_group({**optimizer.defaults, **rest})
             except ValueError as error:
-                raise CheckpointError(f"{where}: parameter group {i}: {error}") from None
+                raise CheckpointError(f"{path}: parameter group {i}: {error}") from None
         for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED):
             if which == "same" and not _equal(theirs[option], ours[option]):
                 raise CheckpointError(
-                    f"{where}: {option} of parameter group {i} is {theirs[option]!r}, here it is "
+                    f"{path}: {option} of parameter group {i} is {theirs[option]!r}, here it is "
                     f'{ours[option]!r}; load with options="saved" or options="own"'
                 )
 
@@ -215,7 +221,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def apply_groups(checkpoint: Checkpoint, optimizer: LambBase, which: WhichOptions) -> None:
-    """Take over lr and other options; tensors that groups hold are overwritten, not replaced."""
+    """Set lr, the other options and the count of skipped steps to the saved values.
+
+    Tensors that the groups hold are overwritten, not replaced: others may refer to them.
+    """
     if which == "own":
         return
     for theirs, ours in zip(checkpoint.state["groups"], optimizer.param_groups):
@@ -225,74 +234,76 @@ def apply_groups(checkpoint: Checkpoint, optimizer: LambBase, which: WhichOption
             if isinstance(ours.get(option), Tensor):
                 ours[option].fill_(torch.as_tensor(value).item())
             else:
-                ours[option] = value
+                # A copy: the optimizer changes tensors in place, and the checkpoint keeps its own.
+                ours[option] = copy.deepcopy(value)
 
 
 class Targets:
-    """The memory that a checkpoint's tensors are read into, and what is to be done afterwards.
+    """The memory that a checkpoint's tensors are read into, and the steps after reading.
 
     Raises nothing that depends on the rank; all checks come before.
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, optimizer: LambBase | None) -> None:
-        self._optimizer, self._names = optimizer, names
+        self._optimizer = optimizer
         self._steps: dict[Tensor, Tensor] = {}
-        self._fresh: dict[Tensor, dict[str, Tensor]] = {}
+        self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         saved = {name: has_state(checkpoint, name) for name in names.params}
-        pieces = {}
+        self._pieces: Mapping[Tensor, Any] = {}
         if isinstance(optimizer, ShardedLamb):
-            pieces = optimizer.pieces(build=any(saved.values()))
-        self._pieces = pieces
+            self._pieces = optimizer.pieces(build=any(saved.values()))
         self.tensors: dict[str, Any] = {}
         for name, t in names.model.items():
-            cut = t in pieces and t.numel()
-            self.tensors[f"model.{name}"] = _fragment(pieces[t], "param") if cut else t.detach()
+            sharded = t in self._pieces and t.numel()
+            target = _fragment(self._pieces[t], "param") if sharded else t.detach()
+            self.tensors[f"model.{name}"] = target
         for name, p in names.params.items():
             if saved[name]:
-                self._state(name, p)
-        self._absent = [p for name, p in names.params.items() if not saved[name]]
+                self._add_state(name, p)
+        self._without_state = [p for name, p in names.params.items() if not saved[name]]
 
-    def _state(self, name: str, p: Tensor) -> None:
+    def _add_state(self, name: str, p: Tensor) -> None:
         assert self._optimizer is not None
-        for kind in states_of(p):
+        for state_name in state_names(p):
             target: Any
-            if kind == "step":
+            if state_name == "step":
                 target = self._steps[p] = torch.zeros(())
             elif p in self._pieces:
-                target = _fragment(self._pieces[p], kind) if p.numel() else torch.empty(p.shape)
+                piece = self._pieces[p]
+                target = _fragment(piece, state_name) if p.numel() else torch.empty(p.shape)
             else:
-                had = self._optimizer.state.get(p, {}).get(kind)
-                fits = had is not None and (had.shape, had.dtype) == (p.shape, state_dtype(p.dtype))
-                target = had if fits else wrapped(state_like(local_of(p)), p)
-                self._fresh.setdefault(p, {})[kind] = target
-            self.tensors[f"optimizer.{name}.{kind}"] = target
+                old = self._optimizer.state.get(p, {}).get(state_name)
+                fits = old is not None and (old.shape, old.dtype) == (p.shape, state_dtype(p.dtype))
+                target = old if fits else wrapped(state_like(local_of(p)), p)
+                self._new_state.setdefault(p, {})[state_name] = target
+            self.tensors[f"optimizer.{name}.{state_name}"] = target
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Once :attr:`tensors` are read: a collective, where the optimizer is sharded."""
+        """To be called after :attr:`tensors` are read; a collective if the optimizer is sharded."""
         optimizer = self._optimizer
         if optimizer is None:
             return
         if isinstance(optimizer, ShardedLamb):
             if self._pieces:
-                for p in self._absent:
+                for p in self._without_state:
                     self._reset(p)
                 optimizer.take_pieces(self._steps)
             return
-        for p in self._absent:
+        for p in self._without_state:
             optimizer.state.pop(p, None)
-        for p, state in self._fresh.items():
+        for p, state in self._new_state.items():
             optimizer.state[p].update(state)
             optimizer.state[p]["step"] = self._steps[p]
-        optimizer._forget_caches()
 
     def _reset(self, p: Tensor) -> None:
-        """As a param that has had no gradient: moments zero, its master the param's value."""
-        for kind, view in self._pieces[p].views.items():
-            if kind == "master":
-                view.copy_(self._pieces[p].views["param"])
-            elif kind != "param":
-                view.zero_()
+        """The state of a param that never had a gradient: zero moments, the param as master."""
+        views = self._pieces[p].views
+        for name in states_of(p.dtype):
+            if name == MASTER:
+                views[name].copy_(views["param"])
+            else:
+                views[name].zero_()
 
 
 # --- random numbers ------------------------------------------------------------------------------
@@ -304,8 +315,8 @@ def rng_to_save(rank: int, world_size: int, device: torch.device) -> Fragment:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [kind, keys.tolist(), *rest]
+        algorithm, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [algorithm, keys.tolist(), *rest]
     row = torch.full((_RNG_NBYTES,), ord(" "), dtype=torch.uint8)
     text = json.dumps(encode(state, "rng")).encode()
     memory_of(row)[: len(text)] = text
@@ -313,7 +324,7 @@ def rng_to_save(rank: int, world_size: int, device: torch.device) -> Fragment:
 
 
 def restore_rng(row: Tensor, device: torch.device) -> None:
-    """Set the generators as in a row that :func:`rng_to_save` made."""
+    """Set the generators to the states in a row that :func:`rng_to_save` returned."""
     state = decode(json.loads(bytes(memory_of(row))))
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
@@ -321,12 +332,12 @@ def restore_rng(row: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     if "numpy" in sys.modules and "numpy" in state:
         numpy = sys.modules["numpy"]
-        kind, keys, *rest = state["numpy"]
-        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        algorithm, keys, *rest = state["numpy"]
+        numpy.random.set_state((algorithm, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
 def rng_fits(checkpoint: Checkpoint, world_size: int) -> bool:
-    """Whether there is a row for every rank, and for no other."""
+    """Whether there are as many rows as ranks."""
     entry = checkpoint.tensors.get("rng")
     return entry is not None and entry.shape == (world_size, _RNG_NBYTES)
 
@@ -338,10 +349,10 @@ def device_of(names: Names) -> torch.device:
 
 
 def about(names: Names, optimizer: LambBase | None) -> dict[str, Any]:
-    """What wrote the checkpoint, for :mod:`dist_lamb.__main__`."""
+    """The engine that writes the checkpoint; ``python -m dist_lamb inspect`` prints it."""
     sharded = any(is_dtensor(t) for t in names.model.values())
     engine = "none" if optimizer is None else type(optimizer).__name__
-    found: dict[str, Any] = {"engine": f"{engine} on DTensors" if sharded else engine}
+    description: dict[str, Any] = {"engine": f"{engine} on DTensors" if sharded else engine}
     if isinstance(optimizer, ShardedLamb):
-        found["stage"] = optimizer.stage
-    return found
+        description["stage"] = optimizer.stage
+    return description

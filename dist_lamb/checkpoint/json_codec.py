@@ -1,4 +1,7 @@
-"""Plain data as JSON and back, with the types kept: no code can be stored, so none can run."""
+"""Encoding of Python values as JSON and back, with their types.
+
+No code can be stored, so loading runs none.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def encode(value: Any, where: str) -> Any:
-    """``value`` in JSON's types; what JSON lacks becomes an object with one key, ``$<type>``.
+    """``value`` in JSON's types; other types become an object with one key, ``$<type>``.
 
-    Raises ``CheckpointError`` naming the place, ``where`` and what follows it, of a value that is
-    neither a number, text, bytes, a small tensor, nor a list, tuple, dict or Counter of such.
+    Raises ``CheckpointError`` for a value that is neither a number, text, bytes, a small tensor,
+    nor a list, tuple, dict or Counter of such. It names the path to the value, from ``where`` on.
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -42,7 +45,7 @@ def encode(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if isinstance(value, bytes):
-        return {"$bytes": _text(value)}
+        return {"$bytes": _base64(value)}
     if isinstance(value, Tensor):
         return {"$tensor": _encode_tensor(value, where)}
     if isinstance(value, (list, tuple)):
@@ -71,13 +74,13 @@ def _encode_tensor(value: Tensor, where: str) -> list[Any]:
             f"{where} is a tensor of {value.nbytes} bytes, too large to save here"
         )
     data = bytes(memory_of(value.detach().cpu().contiguous()))
-    return [DTYPE_NAMES[value.dtype], list(value.shape), _text(data)]
+    return [DTYPE_NAMES[value.dtype], list(value.shape), _base64(data)]
 
 
 def decode(value: Any) -> Any:
-    """What :func:`encode` was given. Tensors are on the CPU.
+    """The inverse of :func:`encode`. Tensors are on the CPU.
 
-    Raises ``CheckpointError`` if ``value`` is nothing that ``encode`` makes.
+    Raises ``CheckpointError`` if ``value`` is no result of ``encode``.
     """
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -96,9 +99,9 @@ def decode(value: Any) -> Any:
 
 def _decode_tensor(value: Any) -> Tensor:
     dtype, shape, data = value
-    found = torch.empty([int(size) for size in shape], dtype=DTYPES[dtype])
-    memory_of(found)[:] = base64.b64decode(data)
-    return found
+    t = torch.empty([int(size) for size in shape], dtype=DTYPES[dtype])
+    memory_of(t)[:] = base64.b64decode(data)
+    return t
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
@@ -111,7 +114,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _text(data: bytes) -> str:
+def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 

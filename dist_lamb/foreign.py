@@ -1,0 +1,84 @@
+"""Options and state dicts of other programs' LAMB and of torch's AdamW, in the terms of this one.
+
+Names and layouts as in apex ``FusedLAMB``, timm 1.0 ``Lamb``, DeepSpeed ``FusedLamb`` and torch
+2.13 ``AdamW``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+
+from . import options
+
+#: Constructor arguments of other programs, and what to write instead.
+_ARGUMENTS = {
+    "use_nvlamb": 'adapt="all" (True) or "decayed" (False)',
+    "always_adapt": 'adapt="all" (True) or "decayed" (False)',
+    "adam_w_mode": "decoupled=",
+    "decoupled_decay": "decoupled=, whose decay stands inside of the trust ratio",
+    "max_coeff": "trust_clip=(min_coeff, max_coeff)",
+    "min_coeff": "trust_clip=(min_coeff, max_coeff)",
+    "set_grad_none": "zero_grad(set_to_none=)",
+    "max_norm": "max_grad_norm=",
+    "clip_grad_norm": "max_grad_norm=",
+    "eps_inside_sqrt": "eps=, which is added outside of the root",
+    "amsgrad": "betas=: there is no amsgrad",
+    "caution": "betas=: there is no cautious update",
+    "wd": "weight_decay=",
+    "learning_rate": "lr=",
+}
+#: Options under which another program computes something that this package does not.
+_UNSUPPORTED = ("amsgrad", "caution", "decoupled_decay", "corrected_weight_decay")
+
+
+def refuse_unknown(owner: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ``TypeError`` naming the first argument that is no option, and what was meant."""
+    for name in unknown:
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        if name in _ARGUMENTS:
+            hint = f"; here it is {_ARGUMENTS[name]}"
+        raise TypeError(f"{owner} has no option {name}{hint}")
+
+
+def translated(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved param group with the options of other programs under their names here.
+
+    Raises ``ValueError`` naming an option that has no equal here.
+    """
+    for name in _UNSUPPORTED:
+        if group.get(name):
+            raise ValueError(f"the state dict was saved with {name}={group[name]!r}: not supported")
+    new = dict(group)
+    if isinstance(new.get("trust_clip"), bool):
+        new["trust_clip"] = (0.0, 1.0) if new["trust_clip"] else None
+    if isinstance(new.get("bias_correction"), int):
+        new["bias_correction"] = bool(new["bias_correction"])
+    for name in ("always_adapt", "use_nvlamb"):
+        if name in new:
+            new["adapt"] = "all" if new.pop(name) else "decayed"
+    return new
+
+
+def understood(
+    state_dict: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A state dict as this package writes it: options that it lacks are the optimizer's own.
+
+    apex and timm count steps by group; here every param has its own count.
+    """
+    state, groups = dict(state_dict["state"]), []
+    for i, saved in enumerate(state_dict["param_groups"]):
+        own = options.owned(own_groups[i]) if i < len(own_groups) else {}
+        group = {**own, **translated(saved)}
+        step = group.get("step")
+        if isinstance(step, (int, float, Tensor)):
+            for key in group["params"]:
+                if key in state and "step" not in state[key]:
+                    state[key] = {**state[key], "step": step}
+        groups.append(group)
+    return {**state_dict, "state": state, "param_groups": groups}

@@ -1,0 +1,77 @@
+"""Phases 2-6 of a step, for every optimizer and engine: what happens between gradients and params.
+
+Nothing here waits for a device. Phase 1, gradients to their owners, and phase 7, params to every
+rank, belong to :class:`dist_lamb.ShardedLamb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._torch_private import phase
+from .kernels import Update
+from .kernels.segments import Scalars
+from .norms import Norms
+
+
+def prepare(
+    updates: Sequence[Update],
+    norms: Norms,
+    scalars: Scalars,
+    grad_sq: Callable[[], Tensor] | None = None,
+) -> None:
+    """Phase 2, which changes nothing: squared norm and overflow of all gradients, over ranks.
+
+    ``grad_sq()`` is the sum of squares of this rank's gradients, float64 0-d, where known already.
+    """
+    flag = scalars.found_inf
+    if not scalars.squares_wanted and flag is None:
+        return
+    with phase("2 gradient norm"):
+        total = _squares(updates, norms, grad_sq if scalars.squares_wanted else _nothing)
+        if flag is not None:
+            total[-1] = flag.to(total.device).view(())
+        square, flagged = norms.over_all(total).unbind()
+        if scalars.squares_wanted:
+            scalars.grad_sq = square
+        if flag is not None or scalars.options.skip:
+            scalars.overflow = flagged if flag is not None else torch.zeros_like(flagged)
+            if scalars.squares_wanted:
+                # Finite half-precision gradients of two ranks may have a sum that is not.
+                scalars.overflow = torch.where(square.isfinite(), scalars.overflow, 1.0)
+
+
+def update(updates: Sequence[Update], norms: Norms, scalars: Scalars) -> None:
+    """Phases 3-6: states, norms, trust ratios, params."""
+    # 3. states; squares of x, u and g   [params, columns]
+    with phase("3 moments"):
+        sums = [u.moments(scalars, to_reduce=not norms.local) for u in updates]
+    # 4. over ranks: one all-reduce
+    with phase("4 norms"):
+        sums = [norms.per_param(s) for s in sums]
+    # 5-6. rho from the sums;  x <- x - lr * rho * u
+    with phase("5-6 apply"):
+        for u, s in zip(updates, sums):
+            u.apply(s)
+
+
+def _squares(
+    updates: Sequence[Update], norms: Norms, known: Callable[[], Tensor | float] | None
+) -> Tensor:
+    """Of this rank's gradients, float64 [reduction groups + 1]; the last element is for a flag."""
+    home = updates[0].device
+    if known is not None:
+        total = torch.zeros(2, dtype=torch.float64, device=home)
+        total[0] = known()
+        return total
+    total = updates[0].grad_sq(norms.reduction_groups(home))
+    for u in updates[1:]:
+        total += u.grad_sq(norms.reduction_groups(u.device)).to(home)
+    return total
+
+
+def _nothing() -> float:
+    return 0.0

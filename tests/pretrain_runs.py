@@ -1,0 +1,144 @@
+"""Runs of launch/pretrain.py for tests: in this process, or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pretrain
+from manual import soak_kill
+from pretraining.report import read_log
+from texts import write_texts
+
+ROOT = Path(__file__).parent.parent
+STEPS, CRASH_AT = 12, 8
+#: For what takes 16 s on two quiet cores.
+RUN_SECONDS = 90.0
+CONFIG = f"""
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+max_position_embeddings = 16
+hidden_dropout_prob = 0.0
+attention_probs_dropout_prob = 0.0
+initializer_range = 0.1
+[data]
+path = "PATH"
+vocab_size = 400
+seq_len = 16
+held_out_fraction = 0.2
+cache_dir = "CACHE"
+[optim]
+lr = 5e-2
+base_batch = 16
+warmup_epochs = 0.02
+[train]
+steps = {STEPS}
+global_batch = 16
+micro_batch = 4
+device = "cpu"
+log_every = 3
+eval_every = 4
+eval_sequences = 21
+save_every = 5
+"""
+
+# Both ranks die in the step after the log was written further than the checkpoint.
+CRASHING = f"""
+import os, sys
+import pretrain
+from dist_lamb.checkpoint import wait
+
+step = pretrain._Loop.step
+def crash(self, number):
+    if number == {CRASH_AT}:
+        wait()
+        os._exit(9)
+    return step(self, number)
+pretrain._Loop.step = crash
+pretrain.main(sys.argv[1:])
+"""
+
+
+def write_config(folder: Path) -> Path:
+    """A config with texts and a cache of its own in ``folder``."""
+    texts = write_texts(folder / "texts", files=60, lines=20)
+    path = folder / "tiny.toml"
+    path.write_text(CONFIG.replace("PATH", str(texts)).replace("CACHE", str(folder / "cache")))
+    return path
+
+
+def run_here(config: Path, run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    """A run of one rank, in this process; its log."""
+    pretrain.main([str(config), "--set", f"train.run_dir={run_dir}", *overrides])
+    return read_log(run_dir / "log.jsonl")
+
+
+def torchrun(script: Path, config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> str:
+    """A run under torchrun, in processes of its own; what it printed. Raises if it failed.
+
+    One that hangs is tried once more from where it began, and what every process was doing is in
+    a warning: it happened once in CI, and never in 150 runs that were stopped and slowed at random.
+    """
+    command = soak_kill.command(config, run_dir, ranks, 0, *overrides, script=script)
+    with tempfile.TemporaryDirectory() as kept:
+        if run_dir.exists():
+            shutil.copytree(run_dir, kept, dirs_exist_ok=True)
+        status, printed = _launched(command, script.name)
+        if status is None:
+            warnings.warn(f"hung for {RUN_SECONDS} s: {command}\n{printed}", stacklevel=2)
+            shutil.rmtree(run_dir, ignore_errors=True)
+            if any(Path(kept).iterdir()):
+                shutil.copytree(kept, run_dir)
+            status, printed = _launched(command, script.name)
+    if status != 0:
+        raise RuntimeError(printed)
+    return printed
+
+
+def _launched(command: list[str], program: str) -> tuple[int | None, str]:
+    """(exit status of a torchrun of ``program``, what it printed); None: stopped, since it hung."""
+    # A file: whoever inherits a pipe and outlives the run would keep it open.
+    with tempfile.TemporaryFile("w+") as printed:
+        job = subprocess.Popen(
+            command,
+            env={**soak_kill.environment(), "PYTHONFAULTHANDLER": "1"},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
+        status: int | None = None
+        try:
+            status = job.wait(RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGSTOP)  # or it would end the others after the first
+            for rank in soak_kill.children(job.pid, program):
+                os.kill(rank, signal.SIGABRT)  # the fault handler prints its stacks
+                time.sleep(1.0)
+            job.kill()
+            job.wait()
+        printed.seek(0)
+        return status, printed.read()
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What must not depend on time: all but tokens/s."""
+    return [
+        (row["kind"], row["step"], row["loss"], row.get("lr"), row.get("accuracy"))
+        for row in sorted(rows, key=lambda row: (row["step"], row["kind"]))
+    ]
+
+
+def difference(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """The greatest difference of losses; the rows must be of the same steps and lr."""
+    pairs = list(zip(numbers(one), numbers(other), strict=True))
+    assert all((a[0], a[1], a[3]) == (b[0], b[1], b[3]) for a, b in pairs)
+    return max(abs(a[2] - b[2]) for a, b in pairs)
