@@ -18,13 +18,17 @@ from .kernels.segments import GRAD_SQ, U_SQ, X_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
-from .state import TENSOR_STATES, state_like
+from .state import MASTER, TENSOR_STATES, needs_master, restore_precision, state_like
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
 
 #: Entry of a param group: how many steps were skipped, int64 0-d.
 SKIPPED = "skipped_steps"
+
+
+#: device, trust ratios, sums
+_Result: TypeAlias = tuple[torch.device, Tensor, Tensor]
 
 
 def count_here(counters: Tensor, i: int, state: dict[str, Any]) -> None:
@@ -102,8 +106,8 @@ class LambBase(Optimizer):
         self._options = GroupOptions()
         #: what captured CUDA graphs go on reading
         self._captured: list[Any] = []
-        #: of the last step: (device, trust ratios, sums) of each Update, None without gradients
-        self._last: tuple[list[tuple[torch.device, Tensor, Tensor]], Scalars] | None = None
+        #: of the last step: (device, trust ratios, sums) of each Update; None before the first
+        self._last: tuple[list[_Result], Scalars | None] | None = None
         self._unfinished = False
 
     # --- parameter groups ------------------------------------------------------------------------
@@ -207,8 +211,8 @@ class LambBase(Optimizer):
     def trust_ratios(self) -> dict[str, Tensor]:
         """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
 
-        NaN for a param that took no part in the last step. Reading the values synchronizes with
-        the device; calling this does not.
+        NaN for a param that took no part in the last step; ``{}`` before the first. Reading the
+        values synchronizes with the device; calling this does not.
         """
         return self._per_param(lambda ratios, sums: ratios)
 
@@ -221,7 +225,9 @@ class LambBase(Optimizer):
         return self._per_param(lambda ratios, sums: _norms_in(sums[:, U_SQ], ratios))
 
     def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-        last = self._last[0] if self._last is not None else ()
+        if self._last is None:
+            return {}
+        last = self._last[0]
         found = {device: read(ratios, sums) for device, ratios, sums in last}
         return {
             name: found[p.device][i]
@@ -235,9 +241,9 @@ class LambBase(Optimizer):
 
         Over all params and ranks, the loss scale taken out; 0 where no param had a gradient.
         """
-        if self._last is None:
+        last, scalars = self._last or ([], None)
+        if scalars is None or not last:
             return torch.zeros((), device=self._all_params()[0].device)
-        last, scalars = self._last
         square, home = scalars.grad_sq, last[0][0]
         if square is None:
             square = torch.stack([sums[:, GRAD_SQ].sum().to(home) for _, _, sums in last]).sum()
@@ -257,16 +263,16 @@ class LambBase(Optimizer):
         """The count, one tensor in all groups."""
         counts = [group.get(SKIPPED) for group in self.param_groups]
         first = counts[0]
-        if not isinstance(first, Tensor) or any(c is not first for c in counts):
-            known = [
-                c if isinstance(c, Tensor) else torch.tensor(c) for c in counts if c is not None
-            ]
-            first = torch.zeros((), dtype=torch.int64, device=device)
-            for c in known:
-                first = torch.maximum(first, c.to(device, torch.int64).view(()))
-            for group in self.param_groups:
-                group[SKIPPED] = first
-        return first
+        if isinstance(first, Tensor) and first.device == device and len(set(map(id, counts))) == 1:
+            return first
+        total = torch.zeros((), dtype=torch.int64, device=device)
+        for count in counts:
+            if count is not None:
+                count = torch.as_tensor(count).to(device, torch.int64).view(())
+                total = torch.maximum(total, count)
+        for group in self.param_groups:
+            group[SKIPPED] = total
+        return total
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -294,8 +300,9 @@ class LambBase(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.load_state_dict, but float32 state of half params stays float32.
 
-        State dicts of torch's AdamW, apex's FusedLAMB and timm's Lamb load too; options that one
-        has not are kept as they are here.
+        Masters of a half-precision run that is continued in full precision give params back the
+        bits they were rounded off. State dicts of torch's AdamW, apex's FusedLAMB and timm's Lamb
+        load too; options that one has not are kept as they are here.
 
         Raises ``ValueError`` naming a param whose saved state has another shape, or an option that
         is not valid or has no equal here; nothing is changed then.
@@ -341,9 +348,13 @@ class LambBase(Optimizer):
                     )
         return found
 
+    @torch.no_grad()
     def _load_tensors(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """Take over the large state tensors by param; called when groups and steps are in place."""
         for p, tensors in loaded.items():
             for name, value in tensors.items():
                 local = state_like(local_of(p), piece_of(value, p))
-                self.state[p][name] = wrapped(local, p)
+                if name == MASTER and not needs_master(p.dtype):
+                    restore_precision(local_of(p), local)
+                else:
+                    self.state[p][name] = wrapped(local, p)

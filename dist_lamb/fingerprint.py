@@ -86,11 +86,11 @@ class Fingerprint:
         ):
             return False
         try:
-            held = self._states(state)
-            memory = self._memory(held)
-        except (KeyError, TypeError, AttributeError):
+            memory = self._memory(self._states(state))
+            same = list(map(_DATA_PTR, memory)) == self._addresses
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             return False  # state that was emptied, or is none of ours
-        return list(map(_DATA_PTR, memory)) == self._addresses and self._same_memory(*memory)
+        return same and self._same_memory(*memory)
 
     def gradients(self) -> list[Any] | None:
         """Local gradients of the stepped params, None where there is none; None in place of all if

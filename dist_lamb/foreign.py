@@ -26,8 +26,8 @@ _ARGUMENTS = {
     "max_norm": "max_grad_norm=",
     "clip_grad_norm": "max_grad_norm=",
     "eps_inside_sqrt": "eps=, which is added outside of the root",
-    "amsgrad": "betas=: there is no amsgrad",
-    "caution": "betas=: there is no cautious update",
+    "amsgrad": "not supported",
+    "caution": "not supported",
     "wd": "weight_decay=",
     "learning_rate": "lr=",
 }
@@ -35,14 +35,18 @@ _ARGUMENTS = {
 _UNSUPPORTED = ("amsgrad", "caution", "decoupled_decay", "corrected_weight_decay")
 
 
-def refuse_unknown(owner: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ``TypeError`` naming the first argument that is no option, and what was meant."""
-    for name in unknown:
+def refuse_unknown(owner: str, unknown: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ``TypeError`` naming arguments that are no options, and what was meant by each."""
+    hints = []
+    for name in sorted(unknown):
         near = get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
         if name in _ARGUMENTS:
-            hint = f"; here it is {_ARGUMENTS[name]}"
-        raise TypeError(f"{owner} has no option {name}{hint}")
+            hints.append(f"{name} is here {_ARGUMENTS[name]}")
+        elif near:
+            hints.append(f"for {name}, did you mean {', '.join(near)}?")
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise TypeError("; ".join([f"{owner} has no option {names}", *hints]))
 
 
 def translated(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,11 +111,11 @@ class Lamb(LambBase):
             self._kept = None
             stepped = [(i, p) for i, p in enumerate(self._all_params()) if p.grad is not None]
             if not stepped:
-                self._last = None
+                self._last = ([], None)
                 return loss
             kept, gaps = self._prepare(stepped)
         elif all(g is None for g in grads):
-            self._last = None
+            self._last = ([], None)
             return loss
         else:
             for p in kept.fingerprint.edited():
@@ -216,11 +216,14 @@ class Lamb(LambBase):
         count_here(self._counters[x.device], i, state)
         found = {name: local_of(state[name]) for name in TENSOR_STATES if name in state}
         for name, t in found.items():
-            # A kernel would follow an address of the other device.
-            if (t.device, t.shape) != (x.device, x.shape):
+            problem = None
+            if t.device != x.device:  # a kernel would follow an address of the other device
+                problem = f"is on {t.device}, the param on {x.device}"
+            elif t.shape != x.shape:
+                problem = f"has shape {tuple(t.shape)}, the param {tuple(x.shape)}"
+            if problem:
                 raise RuntimeError(
-                    f"Lamb cannot step {self._all_names()[i]}: its state {name} is "
-                    f"{tuple(t.shape)} on {t.device}, the param {tuple(x.shape)} on {x.device}"
+                    f"Lamb cannot step {self._all_names()[i]}: its state {name} {problem}"
                 )
         local = dict(found)
         complete_state(x, x, local)

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from . import options
 from ._torch_private import phase
-from .base import SKIPPED, Closure, LambBase, ParamsT, count_here
-from .fingerprint import Fingerprint
-from .kernels import Update, make_update
-from .kernels.groups import GroupTable
+from .base import SKIPPED, Closure, LambBase, ParamsT
 from .norms import FlatNorms
+from .sharded_state import ShardedState
 from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
 from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.layout import Layout
 from .sharding.overlap import GradientReducer, ParamGatherer, any_gradient
-from .state import MASTER, TENSOR_STATES
 
 #: Elements per bucket, unless one param alone is larger.
 BUCKET_NUMEL = 2**25
@@ -147,11 +144,10 @@ class ShardedLamb(LambBase):
         self._reduce_dtype = reduce_dtype
         self._bucket_numel = bucket_numel
         self._comm = Comm.of(process_group, mesh)
-        self._buffers: FlatBuffers | None = None
+        self._kept: ShardedState | None = None
         self._reducer: GradientReducer | None = None
         self._gatherer: ParamGatherer | None = None
         self._order: ForwardOrder | None = None
-        self._made: tuple[Fingerprint, Update] | None = None
         self._consolidated: dict[str, Any] | None = None
         self._ready = False
         named: ParamsT = params.named_parameters() if isinstance(params, nn.Module) else params
@@ -198,15 +194,15 @@ class ShardedLamb(LambBase):
         """As in torch.optim; once built, a collective that moves all state to a new layout."""
         if self._ready:
             self.synchronize()
-        state = self._whole_state(keep=True) if self._buffers else None
+        state = self._whole_state(keep=True) if self._kept else None
         super().add_param_group(param_group)
         if not self._ready:
             return
         self._agree()
         self._broadcast(self.param_groups[-1]["params"])
-        if self._buffers and state is not None:
-            self._buffers.release_params()
-            self._buffers = self._reducer = self._gatherer = None
+        if self._kept and state is not None:
+            self._kept.buffers.release_params()
+            self._kept = self._reducer = self._gatherer = None
             self._load_tensors(dict(zip(self._all_params(), state.values())))
 
     def _agree(self) -> None:
@@ -241,9 +237,9 @@ class ShardedLamb(LambBase):
                 if whole.data_ptr() != t.data_ptr():
                     t.copy_(whole)
 
-    def _build(self) -> tuple[FlatBuffers, ParamGatherer]:
+    def _build(self) -> tuple[ShardedState, ParamGatherer]:
         """The buffers, at first use: frameworks move params after making the optimizer."""
-        if self._buffers is None or self._gatherer is None:
+        if self._kept is None or self._gatherer is None:
             every, names = self._all_params(), self._all_names()
             indices = [i for i, p in enumerate(every) if p.requires_grad]
             if not indices:
@@ -260,95 +256,21 @@ class ShardedLamb(LambBase):
                 self._bucket_numel,
             )
             summed = self.accumulate == "sharded"
-            self._buffers = FlatBuffers(layout, params, self._comm, self._reduce_dtype, summed)
-            stream = CommStream(self._buffers.device)
-            self._gatherer = ParamGatherer(self._buffers, self._comm, stream, self._order)
+            buffers = FlatBuffers(layout, params, self._comm, self._reduce_dtype, summed)
+            stream = CommStream(buffers.device)
+            self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self.reduce_gradients and self._comm.num_ranks > 1:
                 keep = self.stage == 1
-                self._reducer = GradientReducer(self._buffers, self._comm, stream, keep)
+                self._reducer = GradientReducer(buffers, self._comm, stream, keep)
             for handle in self._handles:
                 handle.remove()
             self._handles = []
             if self._reducer is not None and self.overlap:
                 self._reducer.watch()
-            self._frozen = [p for p in every if not p.requires_grad]
-            self._arrange(adopt=False)
-        return self._buffers, self._gatherer
-
-    def _settle(self) -> Update:
-        """Bring the buffers in line with what groups, params and state are now; no collective."""
-        assert self._buffers is not None
-        assert self._made is not None
-        if not self._made[0].matches(self.param_groups, self.state):
-            self._buffers.adopt_params()
-            self._arrange(adopt=True)
-            self._buffers.refresh_masters()
-        elif self._made[0].edited():
-            self._buffers.refresh_masters()
-        return self._made[1]
-
-    def _arrange(self, adopt: bool) -> None:
-        """Number the buffers' params as the groups do, and show state and counts in ``state``.
-
-        ``adopt``: what lies in ``state`` in another place is taken over, and what is missing there
-        begins anew; else what the buffers hold counts.
-        """
-        buffers = self._buffers
-        assert buffers is not None
-        every, names = self._all_params(), self._all_names()
-        index = {id(p): i for i, p in enumerate(every)}
-        known = {id(p) for p in (*buffers.params, *self._frozen)}
-        changed = [n for n, p in zip(names, every) if id(p) not in known]
-        changed += [buffers.layout.params[j].name for j in self._absent(index)]
-        if changed:
-            raise RuntimeError(
-                f"{changed[0]} was put into or taken out of the param groups of this ShardedLamb: "
-                "add params by add_param_group() on all ranks, and make a new optimizer to drop "
-                "some. Params may move between groups"
+            self._kept = ShardedState(
+                buffers, self.param_groups, self.state, impl=self.impl, keep=self._captured
             )
-        self._indices = [index[id(p)] for p in buffers.params]
-        counters = torch.zeros(len(every), device=buffers.device)
-        for j, i in enumerate(self._indices):
-            entry, shown = self.state[every[i]], buffers.local_state(j)
-            if adopt:
-                self._adopt(names[i], entry, shown, buffers, j)
-            count_here(counters, i, entry)
-            entry.update(shown)
-        groups = GroupTable(buffers.device, self._group_of(), self._captured)
-        update = make_update(
-            buffers.segments(self._indices), counters, groups,
-            impl=self.impl, tiled=True, keep=self._captured,
-        )  # fmt: skip
-        nothing = [None] * len(buffers.params)
-        fingerprint = Fingerprint(self.param_groups, self.state, buffers.params, nothing)
-        self._made = (fingerprint, update)
-        self._mask: tuple[frozenset[int], Tensor] | None = None
-
-    def _absent(self, index: Mapping[int, int]) -> list[int]:
-        assert self._buffers is not None
-        return [j for j, p in enumerate(self._buffers.params) if id(p) not in index]
-
-    @staticmethod
-    def _adopt(
-        name: str,
-        entry: Mapping[str, Any],
-        shown: Mapping[str, Tensor],
-        buffers: FlatBuffers,
-        j: int,
-    ) -> None:
-        """Take over this rank's part of a param's state from an entry of ``state``."""
-        for state, own in shown.items():
-            given = entry.get(state)
-            if given is None:
-                own.copy_(buffers.owned(j).views["param"] if state == MASTER else own.new_zeros(()))
-            elif given.numel() != own.numel():
-                raise RuntimeError(
-                    f"ShardedLamb cannot step {name}: its state {state} has {given.numel()} "
-                    f"elements, this rank's part {own.numel()}; load whole tensors by "
-                    "load_state_dict()"
-                )
-            elif given.data_ptr() != own.data_ptr():
-                own.copy_(given.reshape(-1))
+        return self._kept, self._gatherer
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -361,10 +283,10 @@ class ShardedLamb(LambBase):
         Call it on all ranks. Elements that still are their master's rounding keep the master. Other
         writes are noticed.
         """
-        if self._buffers is not None:
+        if self._kept is not None:
             self.synchronize()
-            self._buffers.adopt_params()
-            self._buffers.refresh_masters()
+            self._kept.buffers.adopt_params()
+            self._kept.buffers.refresh_masters()
 
     # --- training --------------------------------------------------------------------------------
 
@@ -417,16 +339,16 @@ class ShardedLamb(LambBase):
         loss = self._reevaluated(closure)
         self._begin()
         grads_left = self._validate()
-        _, gatherer = self._build()
+        kept, gatherer = self._build()
         self.synchronize()
-        update = self._settle()
+        kept.settle(self.param_groups, self.state)
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
         with phase("1 reduce gradients"):
-            active, grad_sq = self._shard_gradients(grads_left)
-        update.set_active(active)
+            present, grad_sq = self._shard_gradients(kept.buffers, grads_left)
+            kept.update.set_active(kept.active(present, everywhere=self._reducer is None))
         # 2-6. the update of the shard; norms over the ranks that share it out
-        self._update([update], FlatNorms(self._comm), grad_sq)
+        self._update([kept.update], FlatNorms(self._comm), grad_sq)
         if self._reducer is not None:
             self._reducer.forget(gone=self.stage == 2)
         # 7. params -> every rank
@@ -434,47 +356,28 @@ class ShardedLamb(LambBase):
         with phase("7 gather params"):
             gatherer.start()
         self._unfinished = False
-        assert self._made is not None
-        self._made[0].renew()
+        kept.renew()
         return loss
 
-    def _shard_gradients(self, grads_left: bool) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """Which params have a gradient, bool [params], and what knows the sum of their squares.
+    def _shard_gradients(
+        self, buffers: FlatBuffers, grads_left: bool
+    ) -> tuple[set[int], Callable[[], Tensor] | None]:
+        """The params that have a gradient on this rank (under ``reduce_gradients=False`` on all),
+        and what knows the sum of squares of this rank's shards.
 
         ``grads_left``: backward has not taken all of them, or more were set by hand.
         """
-        buffers, reducer = self._buffers, self._reducer
-        assert buffers is not None
-        grad_sq = None
+        reducer = self._reducer
         if reducer is None:
-            active = self._active(buffers.take_gradients(), everywhere=True)
+            present = buffers.take_gradients()
         else:
             reducer.squares_wanted = self._options.clip or self._options.skip
             reducer.finish(grads_left)
-            active = self._active(reducer.present, everywhere=False)
-            grad_sq = reducer.grad_sq
+            present = reducer.present
         if self.stage == 2 and grads_left:
             for p in buffers.params:
                 p.grad = None
-        return active, grad_sq
-
-    def _active(self, present: set[int], everywhere: bool) -> Tensor:
-        """bool [params]: which of the params with elements here have a gradient on any rank.
-
-        ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
-        """
-        buffers = self._buffers
-        assert buffers is not None
-        if not everywhere and not buffers.own <= present:
-            mask = torch.zeros(len(self._all_params()), dtype=torch.bool, device=buffers.device)
-            mask[self._indices] = buffers.found_gradients()
-            return mask
-        chosen = buffers.own & present
-        if self._mask is None or self._mask[0] != chosen:
-            mask = torch.zeros(len(self._all_params()), dtype=torch.bool)
-            mask[[self._indices[j] for j in chosen]] = True
-            self._mask = (chosen, mask.to(buffers.device))
-        return self._mask[1]
+        return present, None if reducer is None else reducer.grad_sq
 
     def _validate(self) -> bool:
         """Whether there are gradients in ``p.grad``, in order.
@@ -498,7 +401,7 @@ class ShardedLamb(LambBase):
             if g.layout != torch.strided:
                 why = "sparse gradients are not supported"
                 raise RuntimeError(self._refusal(self._all_names()[i], why))
-            if self._buffers and any(p is frozen for frozen in self._frozen):
+            if self._kept and any(p is frozen for frozen in self._kept.frozen):
                 why = (
                     "it was frozen when the buffers were made; add it by add_param_group() when it "
                     "becomes trainable"
@@ -542,7 +445,7 @@ class ShardedLamb(LambBase):
 
         With more than one rank call :meth:`consolidate_state_dict` on all ranks first.
         """
-        if self._buffers is None:
+        if self._kept is None:
             return dict(super().state_dict())
         if self._comm.world_size == 1:
             return self.full_optimizer_state_dict()
@@ -562,17 +465,11 @@ class ShardedLamb(LambBase):
 
     def _whole_state(self, keep: bool) -> dict[int, dict[str, Tensor]]:
         """{position of the param: its state in whole tensors on the CPU}; a collective."""
-        whole: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self._all_params()))}
-        if self._buffers is None:
-            return whole
+        if self._kept is None:
+            return {i: {} for i in range(len(self._all_params()))}
         self.synchronize()
-        counters = self._settle().counters
-        for name in TENSOR_STATES:
-            for j, value in self._buffers.gather_state(name, keep).items():
-                whole[self._indices[j]][name] = value
-        for i in self._indices:
-            whole[i]["step"] = counters[i].to("cpu", copy=True)
-        return whole
+        self._kept.settle(self.param_groups, self.state)
+        return self._kept.whole(keep)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole tensors (:meth:`full_optimizer_state_dict`, or a plain optimizer's).
@@ -586,13 +483,12 @@ class ShardedLamb(LambBase):
         self._consolidated = None
 
     def _load_tensors(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        if self._buffers is None and not any(loaded.values()):
+        if self._kept is None and not any(loaded.values()):
             return  # an empty state: trainers pass one through before the first step
-        (buffers, _), every = self._build(), self._all_params()
+        kept, _ = self._build()
         self.synchronize()
-        self._arrange(adopt=False)
-        for j, i in enumerate(self._indices):
-            buffers.load_state(j, loaded.get(every[i], {}))
+        kept.arrange(self.param_groups, self.state, adopt=False)
+        kept.load(loaded)
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -601,20 +497,20 @@ class ShardedLamb(LambBase):
 
         Empty before the first step, unless ``build``. After overwriting, :meth:`take_pieces`.
         """
-        if self._buffers is None and not build:
+        if self._kept is None and not build:
             return {}
-        buffers, _ = self._build()
+        kept, _ = self._build()
         self.synchronize()
-        self._settle()
-        return {p: buffers.owned(j) for j, p in enumerate(buffers.params)}
+        kept.settle(self.param_groups, self.state)
+        return kept.owned()
 
     @torch.no_grad()
     def take_pieces(self, steps: Mapping[Tensor, Tensor]) -> None:
         """Go on from overwritten pieces, with these step counts (else 0); a collective."""
-        _, gatherer = self._build()
+        kept, gatherer = self._build()
         for p in self.state:
             self.state[p]["step"] = steps.get(p, torch.zeros(()))
-        self._arrange(adopt=False)
+        kept.arrange(self.param_groups, self.state, adopt=False)
         gatherer.gather()
         self._consolidated = None
         self.state_loaded()

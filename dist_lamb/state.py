@@ -95,3 +95,9 @@ def refresh_master(master: Tensor, p: Tensor) -> None:
     that the param has no room for.
     """
     torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)
+
+
+def restore_precision(p: Tensor, master: Tensor) -> None:
+    """Give a full-precision param the bits of a master that it is a half-precision rounding of."""
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.where(master.to(dtype).to(p.dtype) == p, master.to(p.dtype), p, out=p)

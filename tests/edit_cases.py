@@ -31,8 +31,8 @@ KINDS = [
     pytest.param("compiled", Lamb, marks=_COMPILE),
     pytest.param("triton", Lamb, marks=_TRITON),
     ("foreach", ShardedLamb),
-    pytest.param("triton", ShardedLamb, marks=_TRITON),
 ]
+MORE_KINDS = [*KINDS, pytest.param("triton", ShardedLamb, marks=_TRITON)]
 SHAPES: dict[str, tuple[int, ...]] = {
     "a": (6, 7),
     "b": (9,),

@@ -327,7 +327,7 @@ class Course:
         self.check(got.shape == want.shape, f"{what} has shape {tuple(got.shape)}")
         error = largest(got - want)
         if not error <= bound:  # NaN too
-            at = int((got - want).abs().nan_to_num(math.inf).view(-1).argmax())
+            at = int((got - want).abs().nan_to_num(math.inf).reshape(-1).argmax())
             a, b = float(got.reshape(-1)[at]), float(want.reshape(-1)[at])
             raise Mismatch(f"{what} is off by {error:.1e} (bound {bound:.1e}): {a} for {b} at {at}")
 
@@ -456,7 +456,7 @@ class Course:
             allowed = bound + 0.51 * info.eps * layer.x.abs() + info.tiny * info.eps
             bad = ~(error <= allowed)
             if bool(bad.any()):
-                at = int(bad.view(-1).nonzero()[0])
+                at = int(bad.reshape(-1).nonzero()[0])
                 a, b = float(p.detach().reshape(-1)[at]), float(layer.x.reshape(-1)[at])
                 raise Mismatch(f"param {k} ({p.dtype}) is {a} for {b} at {at}")
         else:

@@ -18,6 +18,7 @@ from dist_lamb import ShardedLamb
 from dist_lamb.sharding.buffers import FlatBuffers, spec_of
 from dist_lamb.sharding.comm import Comm
 from dist_lamb.sharding.layout import TILE, Layout
+from dist_lamb.state import states_of
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -26,7 +27,6 @@ def _replaced_memory(rank: int, world: int) -> None:
     """Somebody replaces p.data (loaders, .to()): values are taken over, other tensors refused."""
     for dtype in (torch.float32, torch.bfloat16):
         runs = []
-        # of all params, or of none that stands for others (FlatBuffers.may_adopt_late)
         for replaced in ("none", "all", "some"):
             params = models.make_params(dtype)
             more = (torch.full((5,), i / 20, dtype=dtype) for i in range(20))
@@ -36,9 +36,6 @@ def _replaced_memory(rank: int, world: int) -> None:
                 for i, p in enumerate(params.values()):
                     if replaced == "all" or (replaced == "some" and i == 1):
                         p.data = p.data.clone()
-                if replaced == "some" and t:
-                    late = optimizer._buffers.may_adopt_late()  # type: ignore[union-attr]
-                    assert late == (dtype == torch.bfloat16)
                 train(optimizer, params, rank, world, range(t, t + 1))
             runs.append(models.digest(params))
         assert len(set(runs)) == 1
@@ -97,7 +94,7 @@ def _half(rank: int, world: int) -> dict[str, Any]:
             p_sum.backward()
             optimizer.step()
             if t == 0:
-                first = optimizer._buffers.shards[0]  # type: ignore[union-attr]
+                first = optimizer._kept.buffers.shards[0]  # type: ignore[union-attr]
                 found[name] = (str(first.grads.dtype), float(first.grads.view(-1)[0]))
             optimizer.zero_grad()
     return found
@@ -132,10 +129,10 @@ def _params() -> dict[str, Tensor]:
 def _buffers_of(params: dict[str, Tensor], comm: Comm) -> FlatBuffers:
     layout = Layout.plan([spec_of(n, p) for n, p in params.items()], comm.world_size, 2**13)
     assert len(layout.buckets) > 2
-    return FlatBuffers(layout, list(params.values()), range(len(params)), len(params), comm)
+    return FlatBuffers(layout, list(params.values()), comm)
 
 
-def _paddings(buffers: FlatBuffers) -> Iterator[Tensor]:
+def _paddings(buffers: FlatBuffers, rank: int) -> Iterator[Tensor]:
     """Everything in the buffers that belongs to no param."""
     for bucket, whole in zip(buffers.layout.buckets, buffers.buckets):
         rest = whole.clone()
@@ -143,11 +140,11 @@ def _paddings(buffers: FlatBuffers) -> Iterator[Tensor]:
             rest[first * TILE :][: buffers.layout.params[i].numel] = 0.0
         yield rest
     for n, shard in enumerate(buffers.shards):
-        for t in (shard.grads, shard.exp_avg, shard.exp_avg_sq, shard.master):
+        for t in (shard.grads, *shard.states.values()):
             rest = t.reshape(-1).clone()
-            for segment in buffers.segments:
-                if segment.bucket == n:
-                    rest[segment.shard_start :][: segment.numel] = 0.0
+            for extent in buffers.layout.extents(rank):
+                if extent.bucket == n:
+                    rest[extent.shard_start :][: extent.numel] = 0.0
             yield rest
 
 
@@ -158,7 +155,7 @@ def _state_survives(rank: int, group: Any) -> None:
     buffers = _buffers_of(params, comm)
     generator = torch.Generator().manual_seed(3)
     given = {
-        i: {name: torch.randn(p.shape, generator=generator) for name in buffers.state_names(i)}
+        i: {name: torch.randn(p.shape, generator=generator) for name in states_of(p.dtype)}
         for i, p in enumerate(params.values())
     }
     for i, state in given.items():
@@ -179,7 +176,7 @@ def _state_survives(rank: int, group: Any) -> None:
         for i, value in buffers.gather_state(name, keep=True).items():
             p = buffers.params[i].detach()
             assert torch.equal(value, p.float() if name == "master" else torch.zeros(p.shape))
-    assert not any(padding.any() for padding in _paddings(buffers))
+    assert not any(padding.any() for padding in _paddings(buffers, comm.rank))
     # the params are what they were, in their memory formats, and have their own memory again
     buffers.release_params()
     for whole in buffers.buckets:
@@ -197,11 +194,11 @@ def _trained(rank: int, group: Any) -> None:
             models.groups_of(params), bucket_numel=2**13, process_group=group, **OPTIONS, **options
         )
         train(optimizer, params, rank, dist.get_world_size(group))
-        buffers = optimizer._buffers
-        assert buffers is not None
-        assert buffers.shards[0].exp_avg.any() or not buffers.shards[0].tiles
-        assert sum(t.numel() for t in _paddings(buffers)) > 0
-        assert not any(padding.any() for padding in _paddings(buffers))
+        assert optimizer._kept is not None
+        buffers = optimizer._kept.buffers
+        assert buffers.shards[0].states["exp_avg"].any() or not buffers.shards[0].tiles
+        assert sum(t.numel() for t in _paddings(buffers, dist.get_rank(group))) > 0
+        assert not any(padding.any() for padding in _paddings(buffers, dist.get_rank(group)))
 
 
 def _state_and_padding(rank: int, group: Any) -> None:

@@ -106,7 +106,8 @@ def _fused_kernels(rank: int, world: int) -> None:
         assert worst_error(run.params(), want) < 1e-5, case
         for name, ratio in run.ratios().items():
             assert math.isclose(ratio, want_ratios[name], rel_tol=1e-5) or math.isnan(ratio), name
-        assert any(unit._fused_table for units in run.optimizer._units.values() for unit in units)
+        updates = [s._kept[2] for of in run.optimizer._steps_of.values() for s in of if s._kept]
+        assert {type(update).__name__ for update in updates} == {"TritonUpdate"}
         run.engine.destroy()
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_lamb import Lamb, ShardedLamb
+from dist_lamb.norms import DTensorNorms
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -291,7 +292,9 @@ def _offloaded(mesh: DeviceMesh) -> None:
     (p,), (twin,) = (o.param_groups[0]["params"] for o in (optimizer, straight))
     for t in range(3):
         p.grad, twin.grad = on_gpus(whole_g), whole_g
-        (axis,) = optimizer._norms_of([p])._axes  # type: ignore[attr-defined]
+        if not t:
+            optimizer._known, optimizer._norms = [p], DTensorNorms([p])
+        (axis,) = optimizer._norms._axes  # type: ignore[union-attr]
         assert t or axis._device_type == "cuda"
         axis._device_type = "cpu"  # there is no GPU here
         optimizer.step()
@@ -387,7 +390,7 @@ def _planned(rank: int, world: int) -> None:
     for placement in (Shard(0), Shard(0), Replicate(), Shard(0), Shard(0)):
         p.grad = distribute_tensor(torch.full((7, 5), 2.0), mesh, [placement])
         optimizer.step()
-        tables.append(optimizer._plan and optimizer._plan._table)
+        tables.append(optimizer._kept and optimizer._kept.updates[0])
     assert tables[0] is tables[1] is not None
     assert tables[2] is None
     assert tables[3] is tables[4] is not None

@@ -14,7 +14,7 @@ import pytest
 import torch
 from edit_cases import (
     BACKENDS,
-    KINDS,
+    MORE_KINDS,
     Holder,
     copied,
     dtypes,
@@ -78,7 +78,7 @@ def _skipped(impl: str, cls: Any, clip: float | None) -> None:
         first.check()
 
 
-@pytest.mark.parametrize(("impl", "cls"), KINDS)
+@pytest.mark.parametrize(("impl", "cls"), MORE_KINDS)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_a_bad_gradient_changes_nothing(impl: str, cls: Any, clip: float | None) -> None:
     if impl == "triton" and (clip is None) is (cls is Lamb):
@@ -88,7 +88,7 @@ def test_a_bad_gradient_changes_nothing(impl: str, cls: Any, clip: float | None)
 
 def _large(impl: str) -> None:
     """Finite gradients are stepped with, as they would be without the option."""
-    for clip in (None, 1.0):
+    for clip in (1.0,) if impl == "triton" else (None, 1.0):
         found = []
         for also in (SKIP, {"nonfinite": "propagate"}):
             twin = lamb_twin(impl, also=also, max_grad_norm=clip)

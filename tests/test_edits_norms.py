@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edit_cases import BACKENDS, KINDS, NAN, Twin, close, dtypes, lamb_twin, make, on
+from edit_cases import BACKENDS, KINDS, MORE_KINDS, NAN, Twin, close, dtypes, lamb_twin, make, on
 from torch import Tensor
 
 from dist_lamb import Lamb, ShardedLamb
@@ -52,7 +52,7 @@ def _followed(impl: str, cls: Any, options: dict[str, Any]) -> None:
         check_norms(twin)
 
 
-@pytest.mark.parametrize(("impl", "cls"), KINDS)
+@pytest.mark.parametrize(("impl", "cls"), MORE_KINDS)
 @pytest.mark.parametrize(
     "options",
     [

@@ -139,9 +139,10 @@ def _replaced(impl: str) -> None:
         twin.step(steps=2)
         known = twin.opt.state  # in hand already when the next step is made
         twin.step()
-        # params in the middle, each loses something in one way
-        losses = list(product(STEP_AND_STATES, ("memory", "tensor", "entry")))
-        chosen = {f"p{5 + i * (count // 20)}": loss for i, loss in enumerate(losses)}
+        # params in the middle, at no regular distances; each loses something in one way
+        losses = product(STEP_AND_STATES, ("memory", "tensor", "entry"))
+        places = [i * (count // 20) for i in range(20) if i % 4]
+        chosen = {f"p{i}": loss for i, loss in zip(places, losses)}
         for n, (name, how) in chosen.items():
             p = twin.params[n]
             if name not in known[p]:

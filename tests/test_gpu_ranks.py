@@ -120,8 +120,8 @@ def _memory(rank: int, world: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
     torch.cuda.synchronize()
-    assert optimizer._buffers is not None
-    bucket = max(t.nbytes for t in optimizer._buffers.buckets)
+    assert optimizer._kept is not None
+    bucket = max(t.nbytes for t in optimizer._kept.buffers.buckets)
     dist.barrier()
     return {
         "peak": float(torch.cuda.max_memory_allocated()),

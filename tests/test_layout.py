@@ -33,14 +33,20 @@ def make(sized: list[tuple[int, str]], world: int, bucket_numel: int) -> Layout:
     return Layout.plan(specs, world, bucket_numel)
 
 
+def tiles_of(layout: Layout, rank: int, bucket: int) -> list[int]:
+    """The param of each tile of a rank's shard of a bucket, without the padding tiles."""
+    mine = [e for e in layout.extents(rank) if e.bucket == bucket]
+    return [e.param for e in mine for _ in range(-(-e.numel // TILE))]
+
+
 @given(params, worlds, bucket_numels)
-def test_segments_cover_every_param_once(
+def test_extents_cover_every_param_once(
     sized: list[tuple[int, str]], world: int, bucket_numel: int
 ) -> None:
     layout = make(sized, world, bucket_numel)
     covered = [[0] * n for n, _ in sized]
     for rank in range(world):
-        for s in layout.segments(rank):
+        for s in layout.extents(rank):
             for e in range(s.param_start, s.param_start + s.numel):
                 covered[s.param][e] += 1
     assert all(count == 1 for param in covered for count in param)
@@ -52,7 +58,7 @@ def test_shards_are_disjoint_aligned_and_of_one_param_a_tile(
 ) -> None:
     layout = make(sized, world, bucket_numel)
     for rank in range(world):
-        segments = layout.segments(rank)
+        segments = layout.extents(rank)
         # at most one segment of a param on a rank: its state is one piece
         assert len({s.param for s in segments}) == len(segments)
         ends: dict[int, int] = {}
@@ -66,7 +72,7 @@ def test_shards_are_disjoint_aligned_and_of_one_param_a_tile(
             if s.numel % TILE:
                 assert s.param_start + s.numel == layout.params[s.param].numel
         for n, bucket in enumerate(layout.buckets):
-            tiles = layout.shard_tiles(rank, n)
+            tiles = tiles_of(layout, rank, n)
             assert len(tiles) <= bucket.tiles_per_shard
             assert set(tiles) == {s.param for s in segments if s.bucket == n}
 
@@ -78,8 +84,8 @@ def test_tile_order_does_not_depend_on_the_world_size(
     one, many = make(sized, 1, bucket_numel), make(sized, world, bucket_numel)
     assert len(one.buckets) == len(many.buckets)
     for n in range(len(one.buckets)):
-        joined = [k for rank in range(world) for k in many.shard_tiles(rank, n)]
-        assert joined == list(one.shard_tiles(0, n))
+        joined = [k for rank in range(world) for k in tiles_of(many, rank, n)]
+        assert joined == list(tiles_of(one, 0, n))
 
 
 @given(params, worlds, bucket_numels)
@@ -132,7 +138,7 @@ def test_inconsistent_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="must be > 0"):
         make([(1, "torch.float32")], 0, 1)
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        good.segments(2)
+        good.extents(2)
     with pytest.raises(ValueError, match="shape"):
         ParamSpec(name="x", shape=(2,), stride=(), dtype="torch.float32")
     assert isinstance(bucket, Bucket)

@@ -66,10 +66,10 @@ def _two_by_two(rank: int, world: int) -> None:
     assert comm.get_total_counts() == 2  # one for each axis of the mesh
     assert torch.equal(got, torch.stack([want, 2 * want], dim=1))
 
-    kinds = norms.kinds(torch.device("cpu"))
-    assert kinds is not None
-    assert torch.equal(torch.stack(list(kinds)).sum(dim=0), torch.ones(len(params)).long())
-    sums = torch.stack([mine[kind].sum() for kind in kinds])
+    groups = norms.reduction_groups(torch.device("cpu"))
+    assert groups is not None
+    assert torch.equal(torch.stack(list(groups)).sum(dim=0), torch.ones(len(params)).long())
+    sums = torch.stack([mine[kind].sum() for kind in groups])
     # the flag of one rank alone reaches all
     flag = torch.tensor([float(rank == 3)], dtype=torch.float64)
     assert torch.equal(
@@ -90,7 +90,9 @@ def _one_axis(rank: int, world: int) -> None:
     norms: Any
     for norms in (DTensorNorms(rows), FlatNorms(Comm())):
         assert not norms.local
-        assert norms.kinds(torch.device("cpu")) is None  # all params add up over the same ranks
+        assert (
+            norms.reduction_groups(torch.device("cpu")) is None
+        )  # all params add up over the same ranks
         mine = torch.tensor([[rank + 1.0, 1.0], [10.0 * rank, 0.0]], dtype=torch.float64)
         assert norms.per_param(mine).tolist() == [[6.0, 3.0], [30.0, 0.0]]
         total = norms.over_all(torch.tensor([rank + 1.0, float(rank == 1)], dtype=torch.float64))
@@ -106,6 +108,6 @@ def test_whole_tensors_have_nothing_to_add() -> None:
     norms: Any
     for norms in (LocalNorms(), FlatNorms(Comm()), DTensorNorms([torch.ones(2), torch.ones(3)])):
         assert norms.local
-        assert norms.kinds(torch.device("cpu")) is None
+        assert norms.reduction_groups(torch.device("cpu")) is None
         assert torch.equal(norms.per_param(sums.clone()), sums)
         assert norms.over_all(torch.tensor([4.0, 0.0])).tolist() == [4.0, 0.0]

@@ -90,7 +90,7 @@ def _grid(rank: int, world: int) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
     found["counts"] = {str(op): n for op, n in mode.get_comm_counts().items()}
-    found["buckets"] = len(optimizer._buffers.layout.buckets)  # type: ignore[union-attr]
+    found["buckets"] = len(optimizer._kept.buffers.layout.buckets)  # type: ignore[union-attr]
     # an overflow that one rank alone has seen skips the step of both replicas
     optimizer.synchronize()
     before = models.digest({n: p.detach() for n, p in model.named_parameters()})
@@ -174,7 +174,7 @@ def _ways(rank: int, world: int) -> bool:
     def local(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:
         with optimizer.no_sync():
             (loss_of(model, t, rank) / 2).backward()
-            if optimizer._buffers is not None and optimizer.accumulate == "local":
+            if optimizer._kept is not None and optimizer.accumulate == "local":
                 assert optimizer._reducer is not None
                 assert not optimizer._reducer._rounds
         (loss_of(model, t + 50, rank) / 2).backward()

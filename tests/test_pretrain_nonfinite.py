@@ -20,6 +20,8 @@ from pretraining.report import read_log
 from pretraining.skips import Counted, SkippedSteps
 from ranks import run_ranks
 
+from dist_lamb.checkpoint import wait
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unable to enable fault handler"),
     pytest.mark.usefixtures("no_process_group_left"),
@@ -75,6 +77,7 @@ def error_of(capsys: Any, run: Callable[[], Any]) -> str:
         run()
     assert caught.value.code == 2
     if dist.is_initialized():
+        wait()  # for a checkpoint that is being written in the process group
         dist.destroy_process_group()
     line: str = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("pretrain: error: ")
@@ -360,7 +363,7 @@ pretrain.main(sys.argv[1:])
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Collection[int]], Path]:
+def script(tmp_path: Path) -> Callable[[Collection[int]], Path]:
     # torchrun() sets PYTHONPATH to launch/ and the root, so the script adds this folder itself.
     def script(steps: Collection[int]) -> Path:
         path = tmp_path / "spoiled.py"

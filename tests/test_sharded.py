@@ -104,8 +104,8 @@ def _communicate(rank: int, group: Any) -> dict[str, Any]:
                 with CommDebugMode() as mode:
                     optimizer.step()
             kinds = {str(op): n for op, n in mode.get_comm_counts().items()}
-            assert optimizer._buffers is not None
-            counts[f"{clip} {extra}"] = (kinds, len(optimizer._buffers.layout.buckets))
+            assert optimizer._kept is not None
+            counts[f"{clip} {extra}"] = (kinds, len(optimizer._kept.buffers.layout.buckets))
     return counts
 
 

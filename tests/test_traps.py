@@ -11,7 +11,9 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from dist_lamb import Lamb, rule
-from dist_lamb.kernels import Block, RowMap, Work, compiled, foreach, reference
+from dist_lamb.kernels import compiled, foreach, reference
+from dist_lamb.kernels.eager import RowMap, Work
+from dist_lamb.kernels.segments import Segment
 
 IMPLS = ("reference", "foreach")
 BACKENDS = (
@@ -138,12 +140,12 @@ def test_partial_sums_of_one_tensor_are_added(
     cols = 64 if tiled else 100
     generator = torch.Generator().manual_seed(0)
     blocks = [
-        Block(*(torch.rand(len(o), cols, generator=generator) + 0.5 for _ in range(4)), copy=None)
-        for o in owners
+        [torch.rand(len(o), cols, generator=generator) + 0.5 for _ in range(4)] for o in owners
     ]
-    start = [[t.clone() for t in block[:4]] for block in blocks]
+    start = [[t.clone() for t in block] for block in blocks]
     rows = RowMap(owners, 3, torch.device("cpu"))
-    work = Work(blocks, rows, torch.float32, tiled=tiled)
+    segments = [Segment(o[0], g, x, (m, v), None) for o, (g, x, m, v) in zip(owners, blocks)]
+    work = Work(segments, rows, torch.float32, tiled=tiled)
     table = torch.tensor(
         [
             rule.hyperparameters(Lamb([nn.Parameter(torch.zeros(1))], weight_decay=wd).defaults)
@@ -161,12 +163,12 @@ def test_partial_sums_of_one_tensor_are_added(
         mine = [(b, i) for b, o in enumerate(owners) for i, owner in enumerate(o) if owner == k]
         g, x, m, v = (torch.cat([start[b][n][i] for b, i in mine]).double() for n in range(4))
         ck = c.of_param(k)
-        m, v = rule.moments(g, m, v, ck)
-        u = rule.direction(x, m, v, ck)
-        want = torch.stack([x.square().sum(), u.square().sum()])
+        m, v = rule.moments(g, (m, v), ck)
+        u = rule.direction(x, (m, v), ck)
+        want = torch.stack([t.square().sum() for t in (x, u, g)])
         torch.testing.assert_close(sums[k], want, rtol=1e-6, atol=0)
         torch.testing.assert_close(grad_sq[k], g.square().sum(), rtol=1e-6, atol=0)
-        got = torch.cat([blocks[b].param[i] for b, i in mine])
+        got = torch.cat([blocks[b][1][i] for b, i in mine])
         torch.testing.assert_close(got, (x - 0.1 * (k + 1) * u).float(), rtol=1e-5, atol=1e-6)
 
 

@@ -84,20 +84,20 @@ def test_a_dummy_step_leaves_no_trace(
 
 
 def _launches(cls: Any, count: int, clip: float | None) -> list[str]:
-    from dist_lamb.kernels.fused_triton import _Launches
+    from dist_lamb.kernels._triton_private import Launches
 
     params = [nn.Parameter(torch.ones(3 + i % 2)) for i in range(count)]
     groups = [{"params": [p], "weight_decay": i / 100} for i, p in enumerate(params)]
     optimizer = cls(groups, impl="triton", max_grad_norm=clip)
     names: list[str] = []
-    plain = _Launches.__call__
+    plain = Launches.__call__
 
-    def counted(self: Any, name: str, *args: Any) -> None:
-        names.append(name)
-        plain(self, name, *args)
+    def counted(self: Any, kernel: Any, *args: Any) -> None:
+        names.append(kernel.fn.__name__)
+        plain(self, kernel, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Launches, "__call__", counted)
+        patch.setattr(Launches, "__call__", counted)
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
@@ -109,7 +109,7 @@ def _launches(cls: Any, count: int, clip: float | None) -> list[str]:
 def test_launches_do_not_grow_with_the_model(
     interpreted: Callable[..., Any], cls: Any, clip: float | None
 ) -> None:
-    expected = ["grad_sq"] * bool(clip) + ["moments", "ratios", "apply"]
+    expected = ["grad_sq"] * bool(clip) + ["moments_pass", "norms", "apply"]
     for count in (1, 20):
         assert interpreted(_launches, cls, count, clip) == expected
 
@@ -152,7 +152,7 @@ def test_same_bits_at_every_world_size(
 
 
 def _interpreting() -> bool:
-    return kernels.fused("triton", [(CPU, torch.float32)]) is not None
+    return kernels.uses_triton("triton", CPU, [torch.float32])
 
 
 def test_triton_that_cannot_run_says_why(
@@ -167,19 +167,16 @@ def test_triton_that_cannot_run_says_why(
                 cls([p], impl="triton").step()
     monkeypatch.setattr(kernels, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs the triton package, which is not installed"):
-        kernels.fused("triton", [(CPU, torch.float32)])
+        kernels.uses_triton("triton", CPU, [torch.float32])
 
 
 def test_auto_on_a_gpu() -> None:
     gpu = torch.device("cuda", 0)
-    half, single, double = torch.bfloat16, torch.float32, torch.float64
-    taken = kernels.fused("auto", [(gpu, half), (gpu, single)])
-    assert taken is not None
-    assert taken.__name__.endswith("fused_triton")
-    assert kernels.fused("auto", [(gpu, single), (gpu, double)]) is None
-    assert kernels.fused("auto", [(gpu, single), (torch.device("cuda", 1), single)]) is None
-    assert kernels.fused("auto", [(CPU, single)]) is None
-    assert kernels.fused("foreach", [(gpu, single)]) is None
+    single, double = torch.float32, torch.float64
+    assert kernels.uses_triton("auto", gpu, [single])
+    assert not kernels.uses_triton("auto", gpu, [single, double])
+    assert not kernels.uses_triton("auto", CPU, [single])
+    assert not kernels.uses_triton("foreach", gpu, [single])
 
 
 # --- for GPUs that are not here ------------------------------------------------------------------
@@ -192,23 +189,24 @@ def _compiled_for(arch: int, kind: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dist_lamb.kernels import fused_triton, tables
+    from dist_lamb.kernels import triton_kernels, triton_math
 
     types = {
         "chunks": "*i32", "num_chunks": "i32", "segments": "*i64", "num_segments": "i32",
-        "groups": "*fp64", "counters": "*fp32", "partials": "*fp64", "steps": "*fp32",
+        "groups": "*fp64", "counters": "*fp32", "active": "*i1", "partials": "*fp64",
+        "steps": "*fp32",
     }  # fmt: skip
     found = {}
-    for kernel in (fused_triton._moments, fused_triton._apply):
+    for kernel in (triton_kernels.moments_pass, triton_kernels.apply):
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        constants |= {"KIND": kind, "BLOCK": tables.BLOCK}
+        constants |= {"KIND": kind, "BLOCK": triton_math.BLOCK}
         source = ASTSource(
             fn=kernel,
             signature={n: types.get(n, "constexpr") for n in names},
             constexprs={(names.index(n),): value for n, value in constants.items()},
         )
-        options = {"num_warps": fused_triton.WARPS, "enable_fp_fusion": False}
+        options = {"num_warps": triton_math.WARPS, "enable_fp_fusion": False}
         target = GPUTarget("cuda", arch, 32)
         found[kernel.__name__] = triton.compile(source, target=target, options=options).asm["ptx"]
     return found
@@ -221,8 +219,8 @@ def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
         for kind, tensors in {0: 4, 1: 3, 3: 4}.items():  # float32, bfloat16, mixed
             ptx = pool.apply(_compiled_for, (arch, kind))
             # x, m, v and a float32 gradient; without the copies, which are written
-            assert ptx["_moments"].count("ld.global.v4.b32") == tensors, kind
-            assert ptx["_moments"].count("st.global.v4.b32") == 2
-            assert ptx["_apply"].count("ld.global.v4.b32") == 3
-            assert ptx["_apply"].count("st.global.v4.b32") == 1
-            assert "fma.rn.f32" not in ptx["_moments"]  # products and sums rounded apart
+            assert ptx["moments_pass"].count("ld.global.v4.b32") == tensors, kind
+            assert ptx["moments_pass"].count("st.global.v4.b32") == 2
+            assert ptx["apply"].count("ld.global.v4.b32") == 3
+            assert ptx["apply"].count("st.global.v4.b32") == 1
+            assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart

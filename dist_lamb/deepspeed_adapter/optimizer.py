@@ -150,8 +150,10 @@ class DeepSpeedLamb(LambBase):
 
     def skipped_steps(self) -> Tensor:
         """As :meth:`dist_lamb.Lamb.skipped_steps`."""
-        counts = [torch.as_tensor(g.get(SKIPPED, 0)).cpu() for g in self.param_groups]
-        return torch.stack(counts).amax()
+        counts = [torch.as_tensor(g[SKIPPED]) for g in self.param_groups if SKIPPED in g]
+        if not counts:
+            return torch.zeros((), dtype=torch.int64)
+        return torch.stack([c.to(counts[0].device) for c in counts]).amax()
 
     def _find_steps(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[PartitionStep]:
         """What is stepped together: these tensors of these groups, by process group."""

@@ -134,7 +134,7 @@ class PartitionStep:
             tensors.append((x, copy, *(entry[name] for name in MOMENTS)))
         grads = self._gradients()
         # DeepSpeed moves memory around: offloading, loading.
-        key = [
+        key: list[Any] = [
             None if t is None else (t.data_ptr(), t.dtype, t.shape) for of in tensors for t in of
         ]
         key.append([None if g is None else g.dtype for g in grads])

@@ -1,4 +1,4 @@
-"""dist_lamb/checkpoint/plain.py: plain data as JSON."""
+"""dist_lamb/checkpoint/json_codec.py: plain data as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_lamb.checkpoint import CheckpointError
-from dist_lamb.checkpoint.plain import decode, encode
+from dist_lamb.checkpoint.json_codec import decode, encode
 
 
 def test_plain_data_comes_back_as_it_was() -> None:

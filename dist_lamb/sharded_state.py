@@ -1,0 +1,158 @@
+"""What a ShardedLamb keeps between steps: buffers, and how groups and state refer to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import count_here
+from .fingerprint import Fingerprint
+from .kernels import make_update
+from .kernels.groups import GroupTable
+from .sharding.buffers import FlatBuffers, OwnedRange
+from .state import MASTER, TENSOR_STATES
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class ShardedState:
+    """Numbers the buffers' params as the param groups do, and shows their state in ``state``.
+
+    Groups, state and params may be edited between steps: :meth:`settle` brings all in line. Nothing
+    here is a collective but :meth:`whole`.
+    """
+
+    def __init__(
+        self,
+        buffers: FlatBuffers,
+        groups: Groups,
+        state: Any,
+        *,
+        impl: str,
+        keep: list[Any],
+    ) -> None:
+        self.buffers = buffers
+        self._impl, self._keep = impl, keep
+        every = chain.from_iterable(group["params"] for group in groups)
+        trained = set(map(id, buffers.params))
+        #: params that had no gradient when the buffers were made: not in them
+        self.frozen = [p for p in every if id(p) not in trained]
+        self.arrange(groups, state, adopt=False)
+
+    def settle(self, groups: Groups, state: Any) -> None:
+        """Take over what was edited since the last step.
+
+        Raises ``RuntimeError`` naming a param that was put into or taken out of the groups, or
+        state of another size.
+        """
+        if not self._fingerprint.matches(groups, state):
+            self.buffers.adopt_params()
+            self.arrange(groups, state, adopt=True)
+            self.buffers.refresh_masters()
+        elif self._fingerprint.edited():
+            self.buffers.refresh_masters()
+
+    def renew(self) -> None:
+        """After params were written to by the optimizer itself."""
+        self._fingerprint.renew()
+
+    def arrange(self, groups: Groups, state: Any, adopt: bool) -> None:
+        """Make everything that depends on the order of params anew.
+
+        ``adopt``: what lies in ``state`` in another place is taken over, and what is missing there
+        begins anew; else what the buffers hold counts.
+        """
+        buffers = self.buffers
+        every = list(chain.from_iterable(group["params"] for group in groups))
+        index = {id(p): i for i, p in enumerate(every)}
+        self._refuse_other_params(every, index)
+        #: by param of the buffers, its position in the groups
+        self.indices = [index[id(p)] for p in buffers.params]
+        self.counters = torch.zeros(len(every), device=buffers.device)
+        for j, p in enumerate(buffers.params):
+            entry, own = state[p], buffers.local_state(j)
+            if adopt:
+                self._adopt(j, entry, own)
+            count_here(self.counters, self.indices[j], entry)
+            entry.update(own)
+        group_of = [i for i, group in enumerate(groups) for _ in group["params"]]
+        table = GroupTable(buffers.device, group_of, self._keep)
+        segments = buffers.segments(self.indices)
+        self.update = make_update(
+            segments, self.counters, table, impl=self._impl, tiled=True, keep=self._keep
+        )
+        nothing = [None] * len(buffers.params)
+        self._fingerprint = Fingerprint(groups, state, buffers.params, nothing)
+        self._mask: tuple[frozenset[int], Tensor] | None = None
+
+    def _refuse_other_params(self, every: Sequence[Tensor], index: Mapping[int, int]) -> None:
+        known = set(map(id, chain(self.buffers.params, self.frozen)))
+        specs = self.buffers.layout.params
+        gone = [spec.name for spec, p in zip(specs, self.buffers.params) if id(p) not in index]
+        new = [f"a param of shape {tuple(p.shape)}" for p in every if id(p) not in known]
+        if gone or new:
+            raise RuntimeError(
+                f"{(gone + new)[0]} was {'taken out of' if gone else 'put into'} the param groups "
+                "of this ShardedLamb: add params by add_param_group() on all ranks, and make a new "
+                "optimizer to drop some. Params may move between groups"
+            )
+
+    def _adopt(self, j: int, entry: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+        """Take over this rank's part of a param's state from an entry of ``state``."""
+        for name, memory in own.items():
+            given = entry.get(name)
+            if given is None and name == MASTER:
+                memory.copy_(self.buffers.owned(j).views["param"])
+            elif given is None:
+                memory.zero_()
+            elif given.numel() != memory.numel():
+                raise RuntimeError(
+                    f"ShardedLamb cannot step {self.buffers.layout.params[j].name}: its state "
+                    f"{name} has {given.numel()} elements, this rank's part {memory.numel()}; load "
+                    "whole tensors by load_state_dict()"
+                )
+            elif given.data_ptr() != memory.data_ptr():
+                memory.copy_(given.reshape(-1))
+
+    def active(self, present: set[int], everywhere: bool) -> Tensor:
+        """bool [params]: which of the params with elements here have a gradient on any rank.
+
+        ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
+        """
+        own, device = self.buffers.own, self.buffers.device
+        if not everywhere and not own <= present:
+            mask = torch.zeros(len(self.counters), dtype=torch.bool, device=device)
+            mask[self.indices] = self.buffers.found_gradients()
+            return mask
+        chosen = own & present
+        if self._mask is None or self._mask[0] != chosen:
+            mask = torch.zeros(len(self.counters), dtype=torch.bool)
+            mask[[self.indices[j] for j in chosen]] = True
+            self._mask = (chosen, mask.to(device))
+        return self._mask[1]
+
+    def owned(self) -> dict[Tensor, OwnedRange]:
+        """What this rank holds of each param."""
+        return {p: self.buffers.owned(j) for j, p in enumerate(self.buffers.params)}
+
+    def whole(self, keep: bool) -> dict[int, dict[str, Tensor]]:
+        """{position of the param: its state in whole tensors on the CPU}; a collective.
+
+        Ranks that do not ``keep`` take part and get nothing of the large ones.
+        """
+        whole: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self.counters))}
+        for name in TENSOR_STATES:
+            for j, value in self.buffers.gather_state(name, keep).items():
+                whole[self.indices[j]][name] = value
+        for i in self.indices:
+            whole[i]["step"] = self.counters[i].to("cpu", copy=True)
+        return whole
+
+    def load(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """This rank's part of whole tensors; what is missing begins anew."""
+        for j, p in enumerate(self.buffers.params):
+            self.buffers.load_state(j, loaded.get(p, {}))
