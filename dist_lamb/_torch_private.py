@@ -72,13 +72,18 @@ def fsdp_flattened(p: Tensor) -> bool:
 # --- profiling ------------------------------------------------------------------------------------
 
 
+_profiler_enabled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_NO_LABEL = nullcontext()
+
+
 def phase(name: str) -> AbstractContextManager[Any]:
     """A label in profiles, ``record_function``, only while something profiles.
 
     ``torch.autograd._profiler_enabled`` (since 1.8). Without it the label is always made: 5 us.
     """
-    enabled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
-    return torch.profiler.record_function(f"dist_lamb: {name}") if enabled() else nullcontext()
+    if _profiler_enabled():
+        return torch.profiler.record_function(f"dist_lamb: {name}")
+    return _NO_LABEL
 
 
 # --- streams --------------------------------------------------------------------------------------

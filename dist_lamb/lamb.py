@@ -52,6 +52,7 @@ class Lamb(LambBase):
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
             more pass over the gradients (clipping makes that pass anyway). One group that says
             "skip" makes it so for all.
+        track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
             ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
         foreach, fused: torch's flags; ``foreach=True`` is ``impl="foreach"``, ``fused=True`` is

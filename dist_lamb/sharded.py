@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from . import options
 from ._torch_private import phase
-from .base import SKIPPED, Closure, LambBase, ParamsT
+from .base import Closure, LambBase, ParamsT
 from .norms import FlatNorms
-from .sharded_state import ShardedState
-from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
+from .sharded_state import ShardedState, described_setup, gradient_problem
+from .sharding.buffers import FlatBuffers, OwnedRange
 from .sharding.comm import Comm, DeviceMesh, ProcessGroup, is_dtensor
 from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
-from .sharding.layout import Layout
 from .sharding.overlap import GradientReducer, ParamGatherer, any_gradient
+from .sharding.settings import Settings
 
 #: Elements per bucket, unless one param alone is larger.
 BUCKET_NUMEL = 2**25
@@ -114,35 +114,25 @@ class ShardedLamb(LambBase):
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
         nonfinite: options.Nonfinite = "propagate",
+        track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
         **unknown: Any,
     ) -> None:
-        if stage not in (1, 2):
-            raise ValueError(f"Invalid stage: {stage!r}; 1 (shard state) or 2 (and gradients)")
-        if not isinstance(bucket_numel, int) or bucket_numel < 1:
-            raise ValueError(f"Invalid bucket_numel: {bucket_numel!r}")
-        if reduce_dtype is not None and not reduce_dtype.is_floating_point:
-            raise ValueError(f"Invalid reduce_dtype: {reduce_dtype}")
-        if accumulate not in ("local", "sharded"):
-            raise ValueError(f"Invalid accumulate: {accumulate!r}; 'local' or 'sharded'")
-        if accumulate == "sharded" and not (stage == 2 and reduce_gradients and overlap):
-            raise ValueError("accumulate='sharded' needs stage=2, reduce_gradients and overlap")
+        self._settings = Settings(
+            stage=stage, reduce_gradients=reduce_gradients, reduce_dtype=reduce_dtype,
+            accumulate=accumulate, overlap=overlap, overlap_gather=overlap_gather,
+            bucket_numel=bucket_numel,
+        )  # fmt: skip
         module = params if isinstance(params, nn.Module) else getattr(params, "module", None)
         if overlap_gather and module is None:
-            raise ValueError(
+            why = (
                 "overlap_gather=True needs the module, whose forward it overlaps: give the module "
-                "or param_groups(module) as params"
             )
-        self.stage = stage
-        self.reduce_gradients = reduce_gradients
-        self.accumulate = accumulate
-        self.overlap = overlap
-        self.overlap_gather = overlap_gather
-        self._reduce_dtype = reduce_dtype
-        self._bucket_numel = bucket_numel
+            raise ValueError(why + "or param_groups(module) as params")
+        self.stage, self.accumulate = stage, accumulate
         self._comm = Comm.of(process_group, mesh)
         self._kept: ShardedState | None = None
         self._reducer: GradientReducer | None = None
@@ -150,24 +140,24 @@ class ShardedLamb(LambBase):
         self._order: ForwardOrder | None = None
         self._consolidated: dict[str, Any] | None = None
         self._ready = False
-        named: ParamsT = params.named_parameters() if isinstance(params, nn.Module) else params
         super().__init__(
-            named, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
+            params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, nonfinite=nonfinite,
-            impl=impl, foreach=foreach, capturable=capturable, fused=fused, **unknown,
+            track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
+            fused=fused, **unknown,
         )  # fmt: skip
         self._agree()
-        self._broadcast(self._all_params() + (list(module.buffers()) if module else []))
+        self._comm.broadcast_all(self._all_params() + (list(module.buffers()) if module else []))
         if overlap_gather and module is not None:
             self._order = ForwardOrder(module, self._wait_for_module, self.synchronize)
         if overlap and reduce_gradients and module is not None:
-            forward_hooked: Any = module
-            forward_hooked.register_forward_hook(OutputHook(self._note_output, 0))
+            module.register_forward_hook(OutputHook(self._note_output, 0))
         self._handles: list[Any] = []
         #: in the order of first arrival, for as long as there are no buffers
         self._used: dict[int, None] = {}
-        for i, p in enumerate(self._all_params()):
+        self._numbered = self._all_params()
+        for i, p in enumerate(self._numbered):
             if p.requires_grad and p.is_leaf:
                 hooked: Any = p
                 handle = hooked.register_post_accumulate_grad_hook(Hook(self._note_use, i))
@@ -199,7 +189,7 @@ class ShardedLamb(LambBase):
         if not self._ready:
             return
         self._agree()
-        self._broadcast(self.param_groups[-1]["params"])
+        self._comm.broadcast_all(self.param_groups[-1]["params"])
         if self._kept and state is not None:
             self._kept.buffers.release_params()
             self._kept = self._reducer = self._gatherer = None
@@ -207,65 +197,41 @@ class ShardedLamb(LambBase):
 
     def _agree(self) -> None:
         """All ranks have the same params and options, or all raise the same error."""
-        items = [
-            (spec_of(name, p), p.requires_grad)
-            for name, p in zip(self._all_names(), self._all_params())
-        ]
-        described: list[Any] = [
-            f"{s.name} {s.shape} {s.stride} {s.dtype} requires_grad={grad}" for s, grad in items
-        ]
-        for i, group in enumerate(self.param_groups):
-            without = ("params", "param_names", "lr", SKIPPED)
-            kept = {k: v for k, v in group.items() if k not in without}
-            kept["lr"] = float(group["lr"])
-            described.append(f"group {i} of {len(group['params'])} params with {kept}")
-        own = ("stage", "reduce_gradients", "accumulate", "overlap", "overlap_gather", "impl")
-        described += [f"{name} = {getattr(self, name)!r}" for name in own]
-        described += [
-            f"reduce_dtype = {self._reduce_dtype}",
-            f"bucket_numel = {self._bucket_numel}",
-        ]
-        params = self._all_params()
-        if params:
-            self._comm.require_same("params or options", described, params[0].device)
+        own = [*self._settings.described(), f"impl = {self.impl!r}"]
+        described = described_setup(self.named_groups(), self.param_groups) + own
+        for p in self._all_params()[:1]:
+            self._comm.require_same("params or options", described, p.device)
 
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        with torch.no_grad():
-            for t in tensors:
-                whole = t.detach().contiguous()
-                self._comm.broadcast(whole)
-                if whole.data_ptr() != t.data_ptr():
-                    t.copy_(whole)
+    def _current(self) -> ShardedState:
+        """What is kept, in line with what groups, params and state are now."""
+        kept, _ = self._build()
+        self.synchronize()
+        kept.settle(self.param_groups, self.state)
+        return kept
 
     def _build(self) -> tuple[ShardedState, ParamGatherer]:
         """The buffers, at first use: frameworks move params after making the optimizer."""
         if self._kept is None or self._gatherer is None:
-            every, names = self._all_params(), self._all_names()
-            indices = [i for i, p in enumerate(every) if p.requires_grad]
-            if not indices:
+            named = {
+                id(p): (name, p)
+                for name, p in chain.from_iterable(self.named_groups())
+                if p.requires_grad
+            }
+            if not named:
                 raise RuntimeError("ShardedLamb has no trainable params")
             # In the order of use, as far as a backward has shown it; the same on every rank.
-            used = dict.fromkeys(
-                i for i in self._comm.from_first(list(self._used)) if every[i].requires_grad
-            )
-            indices = [i for i in indices if i not in used] + list(reversed(used))
-            params = [every[i] for i in indices]
-            layout = Layout.plan(
-                [spec_of(names[i], every[i]) for i in indices],
-                self._comm.world_size,
-                self._bucket_numel,
-            )
-            summed = self.accumulate == "sharded"
-            buffers = FlatBuffers(layout, params, self._comm, self._reduce_dtype, summed)
+            used = self._comm.from_first(list(self._used))
+            last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
+            buffers = FlatBuffers.of([*named.values(), *reversed(last)], self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
-            if self.reduce_gradients and self._comm.num_ranks > 1:
+            if self._settings.reduce_gradients and self._comm.num_ranks > 1:
                 keep = self.stage == 1
                 self._reducer = GradientReducer(buffers, self._comm, stream, keep)
             for handle in self._handles:
                 handle.remove()
             self._handles = []
-            if self._reducer is not None and self.overlap:
+            if self._reducer is not None and self._settings.overlap:
                 self._reducer.watch()
             self._kept = ShardedState(
                 buffers, self.param_groups, self.state, impl=self.impl, keep=self._captured
@@ -274,19 +240,14 @@ class ShardedLamb(LambBase):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that share the shards."""
+        """The shard axis."""
         return self._comm.group
 
     def refresh_masters(self) -> None:
-        """Take half-precision params that were written to through ``p.data`` as the new values.
-
-        Call it on all ranks. Elements that still are their master's rounding keep the master. Other
-        writes are noticed.
-        """
+        """As :meth:`dist_lamb.Lamb.refresh_masters`; call it on all ranks."""
         if self._kept is not None:
             self.synchronize()
-            self._kept.buffers.adopt_params()
-            self._kept.buffers.refresh_masters()
+            self._kept.refresh_masters()
 
     # --- training --------------------------------------------------------------------------------
 
@@ -303,7 +264,7 @@ class ShardedLamb(LambBase):
     def no_sync(self) -> Iterator[None]:
         """Around forward and backward of every micro-batch but the last: gradients accumulate.
 
-        Where, says ``accumulate``: in ``p.grad`` of this rank, or in the shards.
+        In ``p.grad`` or in the shards, as ``accumulate`` says.
         """
         reducer = self._reducer
         if reducer is None or reducer.paused or self.accumulate == "sharded":
@@ -339,9 +300,7 @@ class ShardedLamb(LambBase):
         loss = self._reevaluated(closure)
         self._begin()
         grads_left = self._validate()
-        kept, gatherer = self._build()
-        self.synchronize()
-        kept.settle(self.param_groups, self.state)
+        kept = self._current()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
         with phase("1 reduce gradients"):
@@ -354,7 +313,7 @@ class ShardedLamb(LambBase):
         # 7. params -> every rank
         self._unfinished = True
         with phase("7 gather params"):
-            gatherer.start()
+            self._build()[1].start()
         self._unfinished = False
         kept.renew()
         return loss
@@ -394,24 +353,11 @@ class ShardedLamb(LambBase):
         # stage 2 takes the host before the first launch: there should be no second one.
         if not any_gradient(chain.from_iterable(map(itemgetter("params"), self.param_groups))):
             return False  # as always at stage 2, where backward has taken them
-        for i, p in enumerate(self._all_params()):
-            g = p.grad
-            if g is None:
-                continue
-            if g.layout != torch.strided:
-                why = "sparse gradients are not supported"
-                raise RuntimeError(self._refusal(self._all_names()[i], why))
-            if self._kept and any(p is frozen for frozen in self._kept.frozen):
-                why = (
-                    "it was frozen when the buffers were made; add it by add_param_group() when it "
-                    "becomes trainable"
-                )
-                raise RuntimeError(self._refusal(self._all_names()[i], why))
+        frozen = self._kept.frozen if self._kept else ()
+        problem = gradient_problem(chain.from_iterable(self.named_groups()), frozen)
+        if problem:
+            raise RuntimeError(f"ShardedLamb cannot step {problem}")
         return True
-
-    @staticmethod
-    def _refusal(name: str, why: str) -> str:
-        return f"ShardedLamb cannot step {name}: {why}"
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -424,9 +370,7 @@ class ShardedLamb(LambBase):
 
         It loads into a ShardedLamb of any world size, or into :class:`dist_lamb.Lamb`.
         """
-        found = self._packed(keep=True)
-        assert found is not None
-        return found
+        return self._packed(keep=True) or {}
 
     def full_state_dict(self, to: int = 0) -> dict[str, Any]:
         """:meth:`full_optimizer_state_dict` on rank ``to`` alone, ``{}`` on others; a collective.
@@ -443,7 +387,7 @@ class ShardedLamb(LambBase):
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, or an error: never silently this rank's part.
 
-        With more than one rank call :meth:`consolidate_state_dict` on all ranks first.
+        With several ranks call :meth:`consolidate_state_dict` on all of them first.
         """
         if self._kept is None:
             return dict(super().state_dict())
@@ -461,15 +405,13 @@ class ShardedLamb(LambBase):
         if not keep:
             return None
         packed = dict(super().state_dict())
-        return {**packed, "state": {i: whole[i] for i in packed["state"]}}
+        return {**packed, "state": {i: whole.get(i, v) for i, v in packed["state"].items()}}
 
     def _whole_state(self, keep: bool) -> dict[int, dict[str, Tensor]]:
         """{position of the param: its state in whole tensors on the CPU}; a collective."""
         if self._kept is None:
             return {i: {} for i in range(len(self._all_params()))}
-        self.synchronize()
-        self._kept.settle(self.param_groups, self.state)
-        return self._kept.whole(keep)
+        return self._current().whole(keep)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole tensors (:meth:`full_optimizer_state_dict`, or a plain optimizer's).
@@ -497,12 +439,7 @@ class ShardedLamb(LambBase):
 
         Empty before the first step, unless ``build``. After overwriting, :meth:`take_pieces`.
         """
-        if self._kept is None and not build:
-            return {}
-        kept, _ = self._build()
-        self.synchronize()
-        kept.settle(self.param_groups, self.state)
-        return kept.owned()
+        return self._current().owned() if self._kept or build else {}
 
     @torch.no_grad()
     def take_pieces(self, steps: Mapping[Tensor, Tensor]) -> None:

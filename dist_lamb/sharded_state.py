@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import count_here
+from .base import SKIPPED, count_here
 from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.groups import GroupTable
-from .sharding.buffers import FlatBuffers, OwnedRange
+from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
 from .state import MASTER, TENSOR_STATES
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
+    """What must be the same on all ranks: params, and which options each group has."""
+    described = []
+    for name, p in chain.from_iterable(named_groups):
+        spec = spec_of(name, p)
+        described.append(
+            f"{name} {spec.shape} {spec.stride} {spec.dtype} requires_grad={p.requires_grad}"
+        )
+    for i, group in enumerate(groups):
+        without = ("params", "param_names", "lr", SKIPPED)
+        kept = {k: v for k, v in group.items() if k not in without}
+        kept["lr"] = float(group["lr"])
+        described.append(f"group {i} of {len(group['params'])} params with {kept}")
+    return described
+
+
+def gradient_problem(named: Iterable[tuple[str, Tensor]], frozen: Sequence[Tensor]) -> str | None:
+    """The first param whose gradient cannot be taken, and why."""
+    for name, p in named:
+        if p.grad is None:
+            continue
+        if p.grad.layout != torch.strided:
+            return f"{name}: sparse gradients are not supported"
+        if any(p is other for other in frozen):
+            return (
+                f"{name}: it was frozen when the buffers were made; add it by add_param_group() "
+                "when it becomes trainable"
+            )
+    return None
 
 
 class ShardedState:
@@ -55,6 +86,11 @@ class ShardedState:
             self.buffers.refresh_masters()
         elif self._fingerprint.edited():
             self.buffers.refresh_masters()
+
+    def refresh_masters(self) -> None:
+        """Take the params' values where they are no longer their masters' rounding."""
+        self.buffers.adopt_params()
+        self.buffers.refresh_masters()
 
     def renew(self) -> None:
         """After params were written to by the optimizer itself."""

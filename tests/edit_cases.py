@@ -288,7 +288,8 @@ def lamb_twin(
     """One group with names; ``also``: options that :class:`Plain` has not."""
     params = make(dtype, shapes)
     options = {"lr": 0.1, "weight_decay": 0.05, **options}
-    opt = cls(list(params.items()), impl=impl, **options, **(also or {}))
+    tracked = {"track_grad_norm": True, **(also or {})}
+    opt = cls(list(params.items()), impl=impl, **options, **tracked)
     return Twin(params, opt, **options)
 
 

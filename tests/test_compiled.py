@@ -62,13 +62,13 @@ def test_nothing_recompiles_when_numbers_change(cls: Any, monkeypatch: pytest.Mo
 
 def test_auto_compiles_only_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, large = torch.device("cpu"), kernels.COMPILE_FROM_NUMEL
-    assert kernels.select("auto", cpu, large - 1).__name__.endswith("foreach")
+    assert kernels.backend_for("auto", cpu, large - 1).__name__.endswith("foreach")
     monkeypatch.setattr(kernels, "has_cpp_compiler", lambda: True)
-    assert kernels.select("auto", cpu, large).__name__.endswith("compiled")
+    assert kernels.backend_for("auto", cpu, large).__name__.endswith("compiled")
     monkeypatch.setattr(kernels, "has_cpp_compiler", lambda: False)
-    assert kernels.select("auto", cpu, large).__name__.endswith("foreach")
+    assert kernels.backend_for("auto", cpu, large).__name__.endswith("foreach")
     with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler, and none was found"):
-        kernels.select("compiled", cpu, 1)
+        kernels.backend_for("compiled", cpu, 1)
 
 
 def test_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,9 +372,9 @@ def _timm_lamb() -> Any:
 
 def _planned(rank: int, world: int) -> None:
     """The table of pointers holds local shards, from step to step, and gives the same bits."""
-    from dist_lamb.kernels import fused_triton
+    from dist_lamb.kernels import triton_kernels
 
-    assert fused_triton.INTERPRETED
+    assert triton_kernels.INTERPRETED
     mesh = init_device_mesh("cpu", (world,))
     for dtype, how in ((torch.bfloat16, by_rows), (torch.float32, mixed)):
         want = train(dtype=dtype, steps=2, impl="triton")

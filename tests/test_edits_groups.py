@@ -124,7 +124,7 @@ def _edited(impl: str, edit: Any, ratios: bool) -> None:
     for t in range(2):
         for p in gone.values():
             p.grad = torch.ones_like(p)
-        twin.step(absent="" if t else "b")
+        twin.step(absent="b" if t else "")
         if ratios:
             _ratios_are(twin)
         else:
@@ -149,7 +149,7 @@ def _ratios_are(twin: Twin) -> None:
 @pytest.mark.parametrize("edit", EDITS)
 def test_groups_edited_in_place(impl: str, edit: Any) -> None:
     """Every param has the options of the group that it is in now, and its own counter."""
-    if impl == "triton" and edit not in EDITS[::2]:
+    if impl == "triton" and edit not in EDITS[::4]:
         pytest.skip("the interpreter is slow")
     on(impl, _edited, edit, False)
 

@@ -96,7 +96,11 @@ def _groups_differ(impl: str) -> None:
     params = make()
     first = {"params": [(n, params[n]) for n in "ab"], "max_grad_norm": 0.3}
     rest = {"params": [(n, params[n]) for n in "cdef"], "weight_decay": 0.0, "adapt": False}
-    twin = Twin(params, Lamb([first, rest], lr=0.1, weight_decay=0.05, impl=impl), lr=0.1)
+    twin = Twin(
+        params,
+        Lamb([first, rest], lr=0.1, weight_decay=0.05, impl=impl, track_grad_norm=True),
+        lr=0.1,
+    )
     for n in params:
         inside = (first if n in "ab" else rest).items()
         twin.plain.options[n].update(weight_decay=0.05)

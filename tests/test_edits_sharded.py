@@ -59,7 +59,8 @@ class Here(NamedTuple):
         self, dtype: torch.dtype = torch.float32, stage: int = 2, also: Any = (), **options: Any
     ) -> Ranked:
         params = make(dtype, {**SHAPES, "w": (43, 59)})
-        opt = self.sharded(list(params.items()), stage=stage, **options, **dict(also))
+        tracked = {"track_grad_norm": True, **dict(also)}
+        opt = self.sharded(list(params.items()), stage=stage, **options, **tracked)
         return Ranked(params, opt, self.rank, self.world, **OPTIONS, **options)
 
     def the_same(self, value: Any) -> None:

@@ -156,7 +156,7 @@ def test_partial_sums_of_one_tensor_are_added(
     h = rule.Hyperparameters(*table.unbind(1))
     c = rule.coefficients(h, torch.tensor([1.0, 2.0, 3.0]).double(), None, l2=False)
     with torch._dynamo.config.patch(recompile_limit=64):
-        sums = rows.sum(backend.moments(work, c.to(torch.float32)))
+        sums = rows.sum(backend.moments(work, c.to(torch.float32), True))
         grad_sq = rows.sum(backend.grad_sq(work))
         backend.apply(work, c.to(torch.float32), torch.tensor([0.1, 0.2, 0.3]))
     for k in range(3):

@@ -200,7 +200,7 @@ def _compiled_for(arch: int, kind: int) -> dict[str, str]:
     for kernel in (triton_kernels.moments_pass, triton_kernels.apply):
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        constants |= {"KIND": kind, "BLOCK": triton_math.BLOCK}
+        constants |= {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK}
         source = ASTSource(
             fn=kernel,
             signature={n: types.get(n, "constexpr") for n in names},

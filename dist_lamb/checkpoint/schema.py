@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import options as lamb_options
@@ -246,6 +247,7 @@ class Targets:
 
     def __init__(self, checkpoint: Checkpoint, names: Names, optimizer: LambBase | None) -> None:
         self._optimizer = optimizer
+        self._model = list(names.model.values())
         self._steps: dict[Tensor, Tensor] = {}
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         saved = {name: has_state(checkpoint, name) for name in names.params}
@@ -281,6 +283,8 @@ class Targets:
     @torch.no_grad()
     def finish(self) -> None:
         """To be called after :attr:`tensors` are read; a collective if the optimizer is sharded."""
+        # They were read without torch's knowledge: masters must see that the params are others.
+        increment_version(self._model)
         optimizer = self._optimizer
         if optimizer is None:
             return
@@ -295,6 +299,7 @@ class Targets:
         for p, state in self._new_state.items():
             optimizer.state[p].update(state)
             optimizer.state[p]["step"] = self._steps[p]
+        optimizer.state_loaded()
 
     def _reset(self, p: Tensor) -> None:
         """The state of a param that never had a gradient: zero moments, the param as master."""

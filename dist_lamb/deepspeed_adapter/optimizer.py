@@ -65,12 +65,13 @@ class DeepSpeedLamb(LambBase):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         i = len(self._starts) - 1
-        for name, p in zip(self._names_of(group), group["params"]):
+        for name, p in self.named_groups()[-1]:
             original = Original(len(self._originals), name, p, i)
             self._originals.append(original)
             hook = self._arrivals.expect()
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(hook)
+                hooked: Any = p
+                hooked.register_post_accumulate_grad_hook(hook)
         self._starts.append(len(self._originals))
         # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
         group["group_index"] = i
@@ -126,6 +127,7 @@ class DeepSpeedLamb(LambBase):
                 steps,
                 self._arrivals,
                 self._grad_norm(part, live),
+                self.track_grad_norm,
                 self._loss_scaling(part.device),
             )
             self._unfinished = False
@@ -322,7 +324,12 @@ class DeepSpeedLamb(LambBase):
         return found
 
     def grad_norm(self) -> Tensor:
-        """Global L2 norm of the gradients as DeepSpeed handed them over, after its own clipping."""
+        """Global L2 norm of the gradients as DeepSpeed handed them over, after its own clipping.
+
+        Raises ``RuntimeError`` without ``track_grad_norm=True``.
+        """
+        if not self.track_grad_norm:
+            raise RuntimeError("grad_norm() of a DeepSpeedLamb needs track_grad_norm=True")
         parts = {id(part): part for part, _ in self._stepped_by.values()}.values()
         squares = [torch.zeros((), dtype=torch.float64)]
         for part in parts:

@@ -94,6 +94,7 @@ class PartitionStep:
         steps: Tensor,
         arrivals: Arrivals,
         grad_norm: Any,
+        track_grad_norm: bool,
         loss_scaling: tuple[Tensor | None, Tensor | None],
     ) -> Tensor | None:
         """Phases 2-6 of a step; one number, not 0 if the step was skipped, or None.
@@ -112,7 +113,7 @@ class PartitionStep:
         # after the all-reduce only: step, and take the moments back where none had.
         kept = [(s, [t.clone() for t in s.states]) for s in stepped if s.param in missing]
         self._counters.copy_(steps[self._index])
-        scalars = Scalars(self._options, *loss_scaling)
+        scalars = Scalars(self._options, track_grad_norm, *loss_scaling)
         step.prepare([update], norms, scalars)
         step.update([update], norms, scalars)
         update.release()

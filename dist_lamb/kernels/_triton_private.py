@@ -34,14 +34,15 @@ class Launches:
         arguments are None, dtypes behind pointers."""
         if not programs:
             return
-        compiled = self._compiled.get((kernel, key))
+        # By id: a JITFunction's own hash is one of its source.
+        compiled = self._compiled.get((id(kernel), key))
         if compiled is not None:
             self._launch_compiled(compiled, programs, args)
             return
         # Products and sums rounded apart: which of them are fused would change with the kind of
         # step, and so would the bits. In the interpreter there is nothing to keep.
         compiled = kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False)
-        self._compiled[kernel, key] = compiled
+        self._compiled[id(kernel), key] = compiled
 
     def _launch_compiled(self, compiled: Any, programs: int, args: Any) -> None:
         hook = triton.knobs.runtime.launch_enter_hook

@@ -59,14 +59,17 @@ def _tiled_grad_sq(g: Tensor) -> Tensor:
 
 
 @_compile
-def _tiled_moments(g: Tensor, x: Tensor, table: Tensor, index: Tensor, *states: Tensor) -> Tensor:
+def _tiled_moments(
+    g: Tensor, x: Tensor, table: Tensor, index: Tensor, norm: bool, *states: Tensor
+) -> Tensor:
     c = _coefficients(table[index][:, None, :])
     g = g.to(x.dtype)
     new = rule.moments(rule.gradient(g, x, c), states, c)
     u = rule.direction(x, new, c)
     for state, value in zip(states, new):
         state.copy_(value)
-    return torch.stack([square_sum(x), square_sum(u), square_sum(g)], dim=-1)
+    squared = [x, u, g] if norm else [x, u]
+    return torch.stack([square_sum(t) for t in squared], dim=-1)
 
 
 @_compile
@@ -79,9 +82,9 @@ def _tiled_apply(
         copy.copy_(x)
 
 
-def _call(compiled: Callable[..., Any], *tensors: Tensor | None) -> Any:
+def _call(compiled: Callable[..., Any], *tensors: Tensor | bool | None) -> Any:
     """Call with tensors that are no views: views guard on their base's shape, and recompile."""
-    return compiled(*(None if t is None else t.detach() for t in tensors))
+    return compiled(*(t.detach() if isinstance(t, Tensor) else t for t in tensors))
 
 
 class _Cut:
@@ -154,18 +157,21 @@ def _gradient_tiles(work: Work, b: int, tiles: Segment) -> Tensor:
     return _tiles(grad, tiles.x.numel())
 
 
-def moments(work: Work, c: rule.Coefficients) -> Tensor:
+def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
     table = _table(c)
     if work.tiled:
         blocks = zip(work.blocks, work.rows.indices)
         return torch.cat(
-            [_call(_tiled_moments, s.grad, s.x, table, index, *s.states) for s, index in blocks]
+            [
+                _call(_tiled_moments, s.grad, s.x, table, index, norm, *s.states)
+                for s, index in blocks
+            ]
         )
-    cut, out = _cut(work), _zeros(work, 3)
-    out[cut.rest_of] += foreach.moments(cut.rest_with_gradients(work), c)
+    cut, out = _cut(work), _zeros(work, 3 if norm else 2)
+    out[cut.rest_of] += foreach.moments(cut.rest_with_gradients(work), c, norm)
     for b, s, index in cut.tiled:
         g = _gradient_tiles(work, b, s)
-        out[b] += _call(_tiled_moments, g, s.x, table, index, *s.states).sum(0)
+        out[b] += _call(_tiled_moments, g, s.x, table, index, norm, *s.states).sum(0)
     return out
 
 

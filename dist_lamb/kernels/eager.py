@@ -3,7 +3,8 @@
 Each of them is a module with three functions on a :class:`Work`::
 
     grad_sq(work)                    squares of the gradient, float64 [rows]
-    moments(work, c)                 new states; squares of x, u and the gradient, float64 [rows, 3]
+    moments(work, c, norm)           new states; squares of x, u and (``norm``) of the gradient,
+                                     float64 [rows, 2 or 3]
     apply(work, c, step_size)        x <- x - step_size * u, and the half-precision copies
 
 ``c`` is a :class:`dist_lamb.rule.Coefficients` of [params] tensors, ``step_size`` is [params]; both
@@ -229,7 +230,8 @@ class EagerUpdate:
         sums = torch.zeros_like(self.sums)
         sums[:, UPDATED] = self._counts(h, taking_part, scalars.options.lr_zero)
         for work, backend in zip(self._works, self._backends):
-            sums[:, :UPDATED] += work.rows.sum(backend.moments(work, c.to(work.dtype)))
+            each = work.rows.sum(backend.moments(work, c.to(work.dtype), scalars.track_grad_norm))
+            sums[:, : each.shape[1]] += each
         self._pending = (h, c, t, taking_part, scalars.options.lr_zero)
         return sums
 

@@ -175,13 +175,16 @@ def grad_sq(work: Work) -> Tensor:
     return out
 
 
-def moments(work: Work, c: rule.Coefficients) -> Tensor:
-    out = torch.zeros(len(work.rows.index), 3, dtype=torch.float64, device=work.device)
+def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
+    out = torch.zeros(
+        len(work.rows.index), 3 if norm else 2, dtype=torch.float64, device=work.device
+    )
     columns = _Columns(work, *c)
     for batch in _batches(work):
         cb = rule.Coefficients(*columns.at(batch))
         x, g = TensorList(batch.x), TensorList(batch.g)
-        _add_squares(out[:, 2], batch, g.tensors)
+        if norm:
+            _add_squares(out[:, 2], batch, g.tensors)
         g = rule.gradient(g, x, cb).keep()
         new = rule.moments(g, [TensorList(state) for state in batch.states], cb)
         kept = [state.keep() for state in new]

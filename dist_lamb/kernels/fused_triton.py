@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -78,6 +79,8 @@ class TritonUpdate:
         self._dtypes = int64(dtypes)
         self._unaligned = ((self._host & 15) != 0).any(dim=0)
         self._table: Tensor | None = None
+        #: whether all gradients were aligned the last time
+        self._whole = False
         self._addresses: list[int] | None = None
         self._present: list[bool] | None = None
         self.set_gradients(given)
@@ -123,8 +126,11 @@ class TritonUpdate:
             # twice as fast as torch.tensor; of nothing there is no buffer
             row = torch.frombuffer(array("q", addresses or [0]), dtype=torch.int64)
             self._host[0] = row[: len(addresses)]
-            aligned = ~(self._unaligned | ((self._host[0] & 15) != 0))
-            self._host[1] = self._dtypes + aligned * int(ALIGNED)
+            whole = not functools.reduce(operator.or_, addresses, 0) & 15
+            if not (whole and self._whole):  # else the flags are what they were
+                aligned = ~(self._unaligned | ((self._host[0] & 15) != 0))
+                self._host[1] = self._dtypes + aligned * int(ALIGNED)
+                self._whole = whole
             if self._table is not None and not capturing(self.device):
                 changed = self._host[:2].view(-1)
                 upload(changed, self.device, self._keep, out=self._table[: len(changed)])
@@ -167,10 +173,12 @@ class TritonUpdate:
                     kernels.history, self._grad_dtype, self._num_chunks, *self._tables(),
                     self._active, self._partials, self._grad_dtype, BLOCK,
                 )  # fmt: skip
-            key = (self._grad_dtype, clip is None, *map(_dtype, self._loss_scaling()))
+            norm = scalars.track_grad_norm
+            key = (self._grad_dtype, norm, clip is None, *map(_dtype, self._loss_scaling()))
             self._launch(
                 kernels.moments_pass, key, self._num_chunks, *self._tables(), groups, self.counters,
-                self._active, *self._loss_scaling(), clip, self._partials, self._grad_dtype, BLOCK,
+                self._active, *self._loss_scaling(), clip, self._partials, norm,
+                self._grad_dtype, BLOCK,
             )  # fmt: skip
             # After the launch, behind which the host can hide it.
             self.ratios = torch.empty_like(self.ratios)
@@ -198,11 +206,12 @@ class TritonUpdate:
 
     def _norms(self, sums: Tensor, add_up: bool, finish: bool) -> None:
         overflow, lr_zero = self._scalars.overflow, self._scalars.options.lr_zero
+        norm = self._scalars.track_grad_norm
         self._launch(
-            kernels.norms, (_dtype(overflow), lr_zero, add_up, finish), len(self.counters),
+            kernels.norms, (_dtype(overflow), norm, lr_zero, add_up, finish), len(self.counters),
             self._param_table, self._num_chunks, self._options, self.counters, self._active,
-            overflow, self._partials, sums, self._steps, self.ratios, lr_zero, add_up, finish,
-            BLOCK,
+            overflow, self._partials, sums, self._steps, self.ratios, norm, lr_zero, add_up,
+            finish, BLOCK,
         )  # fmt: skip
 
     def _loss_scaling(self) -> tuple[Tensor | None, Tensor | None]:

@@ -29,12 +29,15 @@ def grad_sq(work: Work) -> Tensor:
     return out
 
 
-def moments(work: Work, c: rule.Coefficients) -> Tensor:
-    out = torch.zeros(len(work.rows.index), 3, dtype=torch.float64, device=work.device)
+def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
+    out = torch.zeros(
+        len(work.rows.index), 3 if norm else 2, dtype=torch.float64, device=work.device
+    )
     for rows, s, k in _runs(work):
         assert s.grad is not None
         g, ck = s.grad.to(s.x.dtype), c.of_param(k)
-        out[rows, 2] = square_sum(g)
+        if norm:
+            out[rows, 2] = square_sum(g)
         new = rule.moments(rule.gradient(g, s.x, ck), s.states, ck)
         for state, value in zip(s.states, new):
             state.copy_(value)

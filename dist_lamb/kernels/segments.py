@@ -41,6 +41,8 @@ class Scalars:
     """What one step knows of all gradients together, and what the groups ask for."""
 
     options: GroupOptions
+    #: whether ``moments`` adds up squares of the gradients: else that column of the sums is 0
+    track_grad_norm: bool = False
     #: torch.amp.GradScaler's, tensors of one element: None without one
     loss_scale: Tensor | None = None
     found_inf: Tensor | None = None

@@ -25,67 +25,17 @@ import functools
 import triton
 import triton.language as tl
 
+# fmt: off
 from .triton_math import (
-    BETA1,
-    BETA2,
-    BETA3,
-    BFLOAT16,
-    CHUNK_COLUMNS,
-    COPY,
-    COPY_SHIFT,
-    DECAY,
-    END_CHUNK,
-    EPS,
-    ERASED,
-    FIRST_BLOCK,
-    FIRST_CHUNK,
-    FLAGS,
-    FLOAT16,
-    GRAD,
-    GRAD_SHIFT,
-    GRAD_SQ,
-    GROUP,
-    GROUP_COLUMNS,
-    HISTORY,
-    L2,
-    LOG_BETA1,
-    LOG_BETA2,
-    MAX_GRAD_NORM,
-    MIXED,
-    NUMEL,
-    PARAM,
-    PARAM_COLUMNS,
-    PARAM_GROUP,
-    SCALE1,
-    SCALE2,
-    SEGMENT,
-    SIGN,
-    STEP_COLUMNS,
-    STEP_DECAY,
-    STEP_EPS,
-    STEP_SIZE,
-    SUM_COLUMNS,
-    U_SQ,
-    UPDATED,
-    UPDATED_COLUMN,
-    X_SQ,
-    M,
-    V,
-    X,
-    bias_correction,
-    clip_coefficient,
-    direction,
-    gradient,
-    learning_rate,
-    load,
-    load_any,
-    moments,
-    participates,
-    store,
-    sum_partials,
-    trust_ratio,
-    whole_blocks,
-)  # fmt: skip
+    BETA1, BETA2, BETA3, BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, DECAY, END_CHUNK, EPS, ERASED,
+    FIRST_BLOCK, FIRST_CHUNK, FLAGS, FLOAT16, GRAD, GRAD_SHIFT, GRAD_SQ, GROUP, GROUP_COLUMNS,
+    HISTORY, L2, LOG_BETA1, LOG_BETA2, MAX_GRAD_NORM, MIXED, NUMEL, PARAM, PARAM_COLUMNS,
+    PARAM_GROUP, SCALE1, SCALE2, SEGMENT, SIGN, STEP_COLUMNS, STEP_DECAY, STEP_EPS, STEP_SIZE,
+    SUM_COLUMNS, U_SQ, UPDATED, UPDATED_COLUMN, X_SQ, M, V, X, bias_correction, clip_coefficient,
+    direction, gradient, learning_rate, load, load_any, moments, participates, store, sum_partials,
+    trust_ratio, whole_blocks,
+)
+# fmt: on
 
 # Nothing about the arguments, none of which is data, compiles a kernel a second time.
 _jit = functools.partial(
@@ -158,7 +108,7 @@ def _moments_block(
     g, x, m, v, offset, mask, code, grad_scale, l2, beta1, beta3, beta2, beta4, scale1, scale2, eps,
     decay, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates m and v; squares of x, u and g, float64 [BLOCK]."""
+    """Updates m and v; squares of x and u, float64 [BLOCK], and g as it is."""
     raw = load_any(g, offset, mask, code, KIND, aligned, BLOCK)
     param = load(x, offset, mask, tl.float32, aligned, BLOCK)
     m_old = load(m, offset, mask, tl.float32, aligned, BLOCK)
@@ -170,8 +120,8 @@ def _moments_block(
     u = direction(param, m_new, v_new, scale1, scale2, eps, decay)
     if mask is not None:
         u = tl.where(mask, u, 0.0)  # with eps = 0 what was not read gives 0 / 0
-    param, u, raw = param.to(tl.float64), u.to(tl.float64), raw.to(tl.float64)
-    return param * param, u * u, raw * raw
+    param, u = param.to(tl.float64), u.to(tl.float64)
+    return param * param, u * u, raw
 
 
 @_jit()
@@ -187,6 +137,7 @@ def moments_pass(
     overflow,
     total,
     partials,
+    NORM: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -233,25 +184,28 @@ def moments_pass(
     g_sq = tl.zeros([BLOCK], tl.float64)
     fast, every = whole_blocks(flags, numel, BLOCK)
     for i in range(0, fast):
-        xx, uu, gg = _moments_block(
+        xx, uu, grad = _moments_block(
             g, x, m, v, offset + i * BLOCK, None, code, grad_scale, l2, beta1, beta3, beta2, beta4,
             scale1, scale2, eps, decay, KIND, True, BLOCK,
         )  # fmt: skip
         x_sq += xx
         u_sq += uu
-        g_sq += gg
+        if NORM:
+            g_sq += grad.to(tl.float64) * grad.to(tl.float64)
     for i in range(fast, every):
         mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-        xx, uu, gg = _moments_block(
+        xx, uu, grad = _moments_block(
             g, x, m, v, offset + i * BLOCK, mask, code, grad_scale, l2, beta1, beta3, beta2, beta4,
             scale1, scale2, eps, decay, KIND, False, BLOCK,
         )  # fmt: skip
         x_sq += xx
         u_sq += uu
-        g_sq += gg
+        if NORM:
+            g_sq += grad.to(tl.float64) * grad.to(tl.float64)
     tl.store(partials + X_SQ * num_chunks + at, tl.sum(x_sq))
     tl.store(partials + U_SQ * num_chunks + at, tl.sum(u_sq))
-    tl.store(partials + GRAD_SQ * num_chunks + at, tl.sum(g_sq))
+    if NORM:
+        tl.store(partials + GRAD_SQ * num_chunks + at, tl.sum(g_sq))
 
 
 @triton.jit
@@ -320,6 +274,7 @@ def norms(
     sums,
     steps,
     ratios,
+    NORM: tl.constexpr,
     LR_ZERO: tl.constexpr,
     SUM: tl.constexpr,
     FINISH: tl.constexpr,
@@ -347,9 +302,9 @@ def norms(
         updated = counts.to(tl.float64)
         tl.store(sum_row + X_SQ, x_sq)
         tl.store(sum_row + U_SQ, u_sq)
-        tl.store(
-            sum_row + GRAD_SQ, sum_partials(partials + GRAD_SQ * num_chunks, first, end, BLOCK)
-        )
+        if NORM:
+            g_sq = sum_partials(partials + GRAD_SQ * num_chunks, first, end, BLOCK)
+            tl.store(sum_row + GRAD_SQ, g_sq)
         tl.store(sum_row + UPDATED_COLUMN, updated)
     else:
         x_sq = tl.load(sum_row + X_SQ)

@@ -24,6 +24,7 @@ from ..state import (
 )
 from .comm import Comm
 from .layout import TILE, Extent, Layout, ParamSpec
+from .settings import Settings
 
 #: Fills the gradient of a param that has none on a rank. A sum of floats is -0.0 only if every
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
@@ -125,6 +126,14 @@ class FlatBuffers:
         self._first_tiles: list[tuple[Tensor, Tensor, Tensor]] | None = None
         #: params with elements here
         self.own = frozenset(self._extent_of)
+
+    @staticmethod
+    def of(named: Sequence[tuple[str, Tensor]], comm: Comm, settings: Settings) -> FlatBuffers:
+        """Buffers of these params, bucketed from the last to the first."""
+        specs = [spec_of(name, p) for name, p in named]
+        layout = Layout.plan(specs, comm.world_size, settings.bucket_numel)
+        summed = settings.accumulate == "sharded"
+        return FlatBuffers(layout, [p for _, p in named], comm, settings.reduce_dtype, summed)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)

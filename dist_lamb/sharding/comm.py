@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,6 +76,15 @@ class Comm:
             dist.broadcast(t, group=self.across, group_src=0)
         if self.world_size > 1:
             dist.broadcast(t, group=self.group, group_src=0)
+
+    @torch.no_grad()
+    def broadcast_all(self, tensors: Iterable[Tensor]) -> None:
+        """The same, of tensors in any memory format."""
+        for t in tensors:
+            whole = t.detach().contiguous()
+            self.broadcast(whole)
+            if whole.data_ptr() != t.data_ptr():
+                t.copy_(whole)
 
     def from_first(self, value: Any) -> Any:
         """A picklable ``value`` of rank 0 of both axes, on every rank."""
