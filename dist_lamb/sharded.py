@@ -349,8 +349,6 @@ class ShardedLamb(LambBase):
                 "GradScaler looks for overflows in p.grad, which stage=2 frees inside backward: "
                 "use ShardedLamb with stage=1 or overlap=False for loss scaling"
             )
-        # A pass over all params, their memory out of the caches since backward, is what a step at
-        # stage 2 takes the host before the first launch: there should be no second one.
         if not any_gradient(chain.from_iterable(map(itemgetter("params"), self.param_groups))):
             return False  # as always at stage 2, where backward has taken them
         frozen = self._kept.frozen if self._kept else ()
@@ -368,7 +366,7 @@ class ShardedLamb(LambBase):
     def full_optimizer_state_dict(self) -> dict[str, Any]:
         """A torch.optim state dict with whole tensors on the CPU, on every rank; a collective.
 
-        It loads into a ShardedLamb of any world size, or into :class:`dist_lamb.Lamb`.
+        It loads at any world size, and into :class:`dist_lamb.Lamb`.
         """
         return self._packed(keep=True) or {}
 
@@ -414,9 +412,7 @@ class ShardedLamb(LambBase):
         return self._current().whole(keep)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load whole tensors (:meth:`full_optimizer_state_dict`, or a plain optimizer's).
-
-        Every rank must load the same.
+        """Load whole tensors (:meth:`full_optimizer_state_dict`, say) on all ranks.
 
         Raises ``ValueError`` naming a param whose saved state has another shape, or an option that
         is not valid; nothing is changed then.

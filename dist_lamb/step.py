@@ -31,7 +31,7 @@ def prepare(
     if not scalars.squares_wanted and flag is None:
         return
     with phase("2 gradient norm"):
-        total = _squares(updates, norms, grad_sq if scalars.squares_wanted else _nothing)
+        total = _squares(updates, norms, scalars.squares_wanted, grad_sq)
         if flag is not None:
             total[-1] = flag.to(total.device).view(())
         square, flagged = norms.over_all(total).unbind()
@@ -59,19 +59,18 @@ def update(updates: Sequence[Update], norms: Norms, scalars: Scalars) -> None:
 
 
 def _squares(
-    updates: Sequence[Update], norms: Norms, known: Callable[[], Tensor | float] | None
+    updates: Sequence[Update], norms: Norms, wanted: bool, known: Callable[[], Tensor] | None
 ) -> Tensor:
     """Of this rank's gradients, float64 [reduction groups + 1]; the last element is for a flag."""
     home = updates[0].device
-    if known is not None:
-        total = torch.zeros(2, dtype=torch.float64, device=home)
-        total[0] = known()
+    groups = norms.reduction_groups(home)
+    if not wanted or known is not None:
+        count = 1 if groups is None else len(groups)
+        total = torch.zeros(count + 1, dtype=torch.float64, device=home)
+        if known is not None and wanted:
+            total[0] = known()
         return total
-    total = updates[0].grad_sq(norms.reduction_groups(home))
+    total = updates[0].grad_sq(groups)
     for u in updates[1:]:
         total += u.grad_sq(norms.reduction_groups(u.device)).to(home)
     return total
-
-
-def _nothing() -> float:
-    return 0.0

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint
-from dist_lamb.__main__ import main
 from dist_lamb.checkpoint import Checkpoint, CheckpointError, files
+from dist_lamb.checkpoint.cli import main
 
 
 def build(seed: int = 0, cls: Any = Lamb, **options: Any) -> tuple[nn.Module, Any]:

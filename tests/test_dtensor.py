@@ -196,19 +196,23 @@ def parameters(mesh: DeviceMesh, how: How) -> dict[str, Tensor]:
 
 def _overflow_on_one_rank(rank: int, mesh: DeviceMesh) -> None:
     """What one rank's scaler sees is agreed upon by all; and the scale is divided out."""
-    params = parameters(mesh, mixed)
-    optimizer = Lamb(models.groups_of(params), **OPTIONS)
-    runs = []
-    for flag in (float(rank == 1), 0.0):
-        for n, g in models.mean_gradients(models.make_params(), 0, ABSENT[0]).items():
-            params[n].grad = placed(g * 4.0, mesh, mixed(n, g))
-        optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
-        optimizer.found_inf = torch.tensor(flag)  # type: ignore[attr-defined]
-        optimizer.step()
-        runs.append({n: whole(p) for n, p in params.items()})
-    assert models.digest(runs[0]) == models.digest(models.make_params())
-    straight = train(steps=1)
-    assert_same(runs[1], {n: straight[n] for n in runs[1]}, "after the overflow")
+    for clip in (OPTIONS["max_grad_norm"], None):
+        params = parameters(mesh, mixed)
+        optimizer = Lamb(models.groups_of(params), **{**OPTIONS, "max_grad_norm": clip})
+        runs = []
+        for flag in (float(rank == 1), 0.0):
+            for n, g in models.mean_gradients(models.make_params(), 0, ABSENT[0]).items():
+                params[n].grad = placed(g * 4.0, mesh, mixed(n, g))
+            optimizer.grad_scale = torch.tensor(4.0)  # type: ignore[attr-defined]
+            optimizer.found_inf = torch.tensor(flag)  # type: ignore[attr-defined]
+            optimizer.step()
+            runs.append({n: whole(p) for n, p in params.items()})
+        assert models.digest(runs[0]) == models.digest(models.make_params())
+        if clip is None:
+            assert models.digest(runs[1]) != models.digest(runs[0])
+        else:
+            straight = train(steps=1)
+            assert_same(runs[1], {n: straight[n] for n in runs[1]}, "after the overflow")
 
 
 def _nan_on_one_rank(rank: int, mesh: DeviceMesh) -> None:

@@ -200,7 +200,8 @@ def _compiled_for(arch: int, kind: int) -> dict[str, str]:
     for kernel in (triton_kernels.moments_pass, triton_kernels.apply):
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        constants |= {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK}
+        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK}
+        constants |= {n: value for n, value in given.items() if n in names}
         source = ASTSource(
             fn=kernel,
             signature={n: types.get(n, "constexpr") for n in names},

@@ -100,7 +100,8 @@ class TritonUpdate:
         chunks = [segment, owner, groups[owner], within * blocks, rest.clamp(max=blocks * BLOCK)]
         chunks += [torch.zeros_like(segment)] * (int(CHUNK_COLUMNS) - len(chunks))
         ends = torch.bincount(owner, minlength=num_params).cumsum(0)
-        params = [ends - torch.bincount(owner, minlength=num_params), ends, groups]
+        starts = ends - torch.bincount(owner, minlength=num_params)
+        params = [starts, ends, groups, torch.zeros_like(groups)]
         flat = [torch.stack(columns, dim=1).view(-1) for columns in (chunks, params)]
         both = upload(torch.cat(flat).int(), self.device, self._keep)
         self._chunks, self._param_table = torch.split(both, [len(t) for t in flat])

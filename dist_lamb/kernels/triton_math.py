@@ -26,8 +26,8 @@ CHUNK_COLUMNS = tl.constexpr(8)
 SEGMENT, PARAM, GROUP, FIRST_BLOCK, NUMEL = _constants(
     "segment", "param", "group", "first_block", "numel"
 )
-# columns of a param, int32
-PARAM_COLUMNS = tl.constexpr(3)
+# columns of a param, int32, padded to 16 bytes
+PARAM_COLUMNS = tl.constexpr(4)
 FIRST_CHUNK, END_CHUNK, PARAM_GROUP = _constants("first_chunk", "end_chunk", "group")
 # columns of a group, float64
 GROUP_COLUMNS = tl.constexpr(len(FIELDS))
