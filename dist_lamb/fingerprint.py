@@ -53,7 +53,9 @@ class Fingerprint:
             if any(having):
                 self._reads.append((itemgetter(name), None if all(having) else having))
         held = self._states(state)
-        self._held = list(map(weakref.ref, held))
+        #: step counts are views of counters that live as long as this: their address says all
+        self._counts = sum("step" in entry for entry in entries)
+        self._held = list(map(weakref.ref, held[self._counts :]))
         self._addresses = list(map(_DATA_PTR, self._memory(held)))
         # A gradient that is not there yet will come as its param is.
         like = [local_of(p) if g is None else g for p, g in zip(stepped, grads)]
@@ -87,7 +89,7 @@ class Fingerprint:
         try:
             held = self._states(state)
             return (
-                all(map(is_, map(call, self._held), held))
+                all(map(is_, map(call, self._held), held[self._counts :]))
                 and list(map(_DATA_PTR, self._memory(held))) == self._addresses
             )
         except (KeyError, TypeError, AttributeError, RuntimeError):

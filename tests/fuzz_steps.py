@@ -967,6 +967,8 @@ class Course:
         """A bad gradient on one rank: the step changes nothing, and is counted."""
         self.look()
         present = self.present()
+        if not present:  # every trainable param was deleted
+            return
         before = self.bits()
         value = self.draw.choice((math.inf, -math.inf, math.nan))
         k, whose = self.draw.choice(present), self.draw.randrange(max(1, self.world))

@@ -331,13 +331,16 @@ class DeepSpeedLamb(LambBase):
         if not self.track_grad_norm:
             raise RuntimeError("grad_norm() of a DeepSpeedLamb needs track_grad_norm=True")
         parts = {id(part): part for part, _ in self._stepped_by.values()}.values()
-        squares = [torch.zeros((), dtype=torch.float64)]
+        squares: list[Tensor] = []
         for part in parts:
             if part.last is not None:
                 _, sums, scalars = part.last
                 inverse = scalars.inverse_scale(part.device)
                 square = sums[:, GRAD_SQ].sum()
-                squares.append((square if inverse is None else square * inverse * inverse).cpu())
+                square = square if inverse is None else square * inverse * inverse
+                squares.append(square.to(squares[0].device if squares else square.device))
+        if not squares:
+            return torch.zeros(())
         return torch.stack(squares).sum().sqrt().float()
 
     def full_optimizer_state_dict(self) -> dict[str, Any]:

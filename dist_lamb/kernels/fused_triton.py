@@ -89,7 +89,7 @@ class TritonUpdate:
         """Chunks, and which of them are a param's: they are neighbours."""
         param = int64(self._params)
         numel = int64([s.x.numel() for s in segments])
-        groups = self._groups.group_of.cpu()
+        groups = self._groups.on_host
         blocks = next(n for up_to, n in CHUNK_BLOCKS if int(numel.sum()) <= up_to)
         counts = -(-numel // (blocks * BLOCK))
         self._num_chunks = int(counts.sum())

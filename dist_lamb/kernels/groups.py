@@ -71,8 +71,9 @@ class GroupTable:
 
     def __init__(self, device: torch.device, group_of: Sequence[int], keep: list[Any]) -> None:
         self.device = device
-        #: int64 [params]
-        self.group_of = int64(group_of).to(device)
+        #: int64 [params], on the host and on the device
+        self.on_host = int64(group_of)
+        self.group_of = self.on_host.to(device)
         self._keep = keep
         self._rows: Any = None
         self._table: Tensor | None = None

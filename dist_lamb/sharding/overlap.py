@@ -3,7 +3,7 @@
 Gradients are reduced while backward goes on: a bucket travels as soon as the gradients of all its
 params have arrived. Params are gathered while the next forward goes on: a module waits for its own.
 Neither changes a bit of the result, whatever runs late: every rank issues the same collectives in
-the same order, and whoever needs one waits for it.
+the same order, and what needs a result waits for it.
 
 On GPUs both run on a stream of their own; on CPU gloo's threads do the work.
 """
@@ -370,7 +370,7 @@ class ParamGatherer:
         """Send this rank's updated shards to all."""
         self._needs = {} if self._order is None else self._order.needs(self._own)
         if not set().union(*self._needs.values()) >= set(self._buckets()):
-            self.gather()  # nobody would wait for some of them
+            self.gather()  # no module would wait for some of them
             return
         on_cpu = self._stream.stream is None
         with self._stream.entered():
