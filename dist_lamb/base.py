@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import foreign, options, step
 from .kernels import Update
+from .kernels.device import capturing
 from .kernels.groups import GroupOptions
 from .kernels.segments import GRAD_SQ, U_SQ, X_SQ, Scalars
 from .norms import Norms
@@ -221,6 +222,11 @@ class LambBase(Optimizer):
     ) -> None:
         """Phases 2-6; see :func:`dist_lamb.step.prepare`."""
         home = updates[0].device
+        if capturing(home) and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"step() of this {type(self).__name__} is being captured in a CUDA graph, which "
+                "needs capturable=True"
+            )
         scalars = Scalars(self._options, self._track(), *self._loss_scaling(home))
         step.prepare(updates, norms, scalars, grad_sq)
         self._unfinished = True

@@ -125,8 +125,6 @@ class Lamb(LambBase):
                 update.set_gradients(
                     [grads[k] for k in positions] if len(kept.updates) > 1 else grads
                 )
-        if capturing(kept.updates[0].device):
-            self._allow_capture()
         try:
             self._update(kept.updates, kept.norms)
         finally:
@@ -146,12 +144,6 @@ class Lamb(LambBase):
             master = self.state[p].get(MASTER) if p in self.state else None
             if master is not None:
                 refresh_master(local_of(master), local_of(p).detach())
-
-    def _allow_capture(self) -> None:
-        if not all(group["capturable"] for group in self.param_groups):
-            raise RuntimeError(
-                "step() of this Lamb is being captured in a CUDA graph, which needs capturable=True"
-            )
 
     def _prepare(
         self, stepped: list[tuple[int, Tensor]]

@@ -98,6 +98,11 @@ def check_group(group: Mapping[str, Any]) -> None:
 
     The texts start as torch.optim's do (``Invalid learning rate: ...``).
     """
+    for name in RULE_DEFAULTS:
+        if name not in group:
+            raise ValueError(
+                f"A param group lacks the option {name}; add_param_group() fills it in"
+            )
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:

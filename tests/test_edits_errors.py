@@ -301,3 +301,14 @@ def _with_negative_bit(g: Tensor, of_complex: bool) -> Tensor:
 @pytest.mark.parametrize(("impl", "cls"), KINDS)
 def test_gradients_with_the_negative_bit(impl: str, cls: Any) -> None:
     on(impl, _negative, cls)
+
+
+def test_groups_that_lack_options_are_refused() -> None:
+    """Groups put in place by hand, as ``opt.param_groups = [...]`` allows."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    opt = Lamb([p], impl="foreach")
+    opt.param_groups = [{"params": [p], "lr": 0.1}]
+    with pytest.raises(ValueError, match="lacks the option betas; add_param_group"):
+        opt.step()
+    assert torch.equal(p.detach(), torch.ones(3))
