@@ -13,13 +13,13 @@ import pytest
 WORLDS = (1, 2, 3)
 #: (impl, seeds in CI, seeds of the long run)
 LAMB = [
-    pytest.param("reference", 12, 600, id="reference"),
-    pytest.param("foreach", 25, 1200, id="foreach"),
-    pytest.param("compiled", 3, 40, id="compiled", marks=pytest.mark.xdist_group("compile")),
-    pytest.param("triton", 3, 150, id="triton", marks=pytest.mark.xdist_group("triton")),
+    pytest.param("reference", 6, 600, id="reference"),
+    pytest.param("foreach", 15, 1200, id="foreach"),
+    pytest.param("compiled", 2, 40, id="compiled", marks=pytest.mark.xdist_group("compile")),
+    pytest.param("triton", 2, 150, id="triton", marks=pytest.mark.xdist_group("triton")),
 ]
 SHARDED = [
-    pytest.param("foreach", 6, 200, id="foreach"),
+    pytest.param("foreach", 4, 200, id="foreach"),
     pytest.param("triton", 1, 30, id="triton", marks=pytest.mark.xdist_group("triton")),
 ]
 
