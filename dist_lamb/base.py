@@ -181,10 +181,6 @@ class LambBase(Optimizer):
     def _all_names(self) -> list[str]:
         return [name for group in self.named_groups() for name, _ in group]
 
-    def _group_of(self) -> list[int]:
-        """The group of each param."""
-        return [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-
     # --- the step --------------------------------------------------------------------------------
 
     @staticmethod
@@ -207,7 +203,7 @@ class LambBase(Optimizer):
 
     def _track(self) -> bool:
         """Whether the first pass adds up squares of gradients: not if another one does anyway."""
-        return self.track_grad_norm and not (self._options.clip or self._options.skip)
+        return self.track_grad_norm and not self._options.squares_wanted
 
     def _loss_scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Loss scale and overflow flag that torch.amp.GradScaler has set for this step."""

@@ -12,7 +12,7 @@ from .base import Closure, LambBase, count_here
 from .fingerprint import Fingerprint
 from .kernels import Update, make_update
 from .kernels.device import capturing
-from .kernels.groups import GroupTable
+from .kernels.groups import GroupTable, group_of_each
 from .kernels.segments import Segment
 from .norms import DTensorNorms, Norms
 from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
@@ -172,7 +172,7 @@ class Lamb(LambBase):
             make_update(
                 [segments[k] for k in positions],
                 self._counters[device],
-                GroupTable(device, self._group_of(), self._captured),
+                GroupTable(device, group_of_each(self.param_groups), self._captured),
                 impl=self.impl,
                 keep=self._captured,
             )

@@ -330,7 +330,7 @@ class ShardedLamb(LambBase):
         if reducer is None:
             present = buffers.take_gradients()
         else:
-            reducer.squares_wanted = self._options.clip or self._options.skip
+            reducer.squares_wanted = self._options.squares_wanted
             reducer.finish(grads_left)
             present = reducer.present
         if self.stage == 2 and grads_left:

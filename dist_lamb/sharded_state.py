@@ -12,7 +12,8 @@ from torch import Tensor
 from .base import SKIPPED, count_here
 from .fingerprint import Fingerprint
 from .kernels import make_update
-from .kernels.groups import GroupTable
+from .kernels.device import mask_of
+from .kernels.groups import GroupTable, group_of_each
 from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
 from .state import MASTER, TENSOR_STATES
 
@@ -70,7 +71,7 @@ class ShardedState:
         self._impl, self._keep = impl, keep
         every = chain.from_iterable(group["params"] for group in groups)
         trained = set(map(id, buffers.params))
-        #: params that had no gradient when the buffers were made: not in them
+        #: params that did not require gradients when the buffers were made: not in them
         self.frozen = [p for p in every if id(p) not in trained]
         self.arrange(groups, state, adopt=False)
 
@@ -115,8 +116,7 @@ class ShardedState:
                 self._adopt(j, entry, own)
             count_here(self.counters, self.indices[j], entry)
             entry.update(own)
-        group_of = [i for i, group in enumerate(groups) for _ in group["params"]]
-        table = GroupTable(buffers.device, group_of, self._keep)
+        table = GroupTable(buffers.device, group_of_each(groups), self._keep)
         segments = buffers.segments(self.indices)
         self.update = make_update(
             segments, self.counters, table, impl=self._impl, tiled=True, keep=self._keep
@@ -166,9 +166,8 @@ class ShardedState:
             return mask
         chosen = own & present
         if self._mask is None or self._mask[0] != chosen:
-            mask = torch.zeros(len(self.counters), dtype=torch.bool)
-            mask[[self.indices[j] for j in chosen]] = True
-            self._mask = (chosen, mask.to(device))
+            here = [self.indices[j] for j in chosen]
+            self._mask = (chosen, mask_of(here, len(self.counters), device, self._keep))
         return self._mask[1]
 
     def owned(self) -> dict[Tensor, OwnedRange]:

@@ -28,18 +28,18 @@ def prepare(
     ``grad_sq()`` is the sum of squares of this rank's gradients, float64 0-d, where known already.
     """
     flag = scalars.found_inf
-    if not scalars.squares_wanted and flag is None:
+    if not scalars.options.squares_wanted and flag is None:
         return
     with phase("2 gradient norm"):
-        total = _squares(updates, norms, scalars.squares_wanted, grad_sq)
+        total = _squares(updates, norms, scalars.options.squares_wanted, grad_sq)
         if flag is not None:
             total[-1] = flag.to(total.device).view(())
         square, flagged = norms.over_all(total).unbind()
-        if scalars.squares_wanted:
+        if scalars.options.squares_wanted:
             scalars.grad_sq = square
         if flag is not None or scalars.options.skip:
             scalars.overflow = flagged if flag is not None else torch.zeros_like(flagged)
-            if scalars.squares_wanted:
+            if scalars.options.squares_wanted:
                 # Finite half-precision gradients of two ranks may have a sum that is not.
                 scalars.overflow = torch.where(square.isfinite(), scalars.overflow, 1.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def upload(t: Tensor, device: torch.device, keep: list[Any], out: Tensor | None 
     if capturing(device):
         keep += [pinned, out]
     return out
+
+
+def mask_of(positions: Iterable[int], count: int, device: torch.device, keep: list[Any]) -> Tensor:
+    """bool [count] on ``device``, True at ``positions``; else as :func:`upload`."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(positions)] = True
+    return upload(mask, device, keep)
 
 
 def int64(values: Sequence[Any]) -> Tensor:

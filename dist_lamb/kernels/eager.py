@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import rule
 from ..state import flat_row
 from . import backend_for
+from .device import mask_of
 from .groups import GroupTable
 from .segments import COLUMNS, U_SQ, UPDATED, X_SQ, Scalars, Segment
 
@@ -178,11 +179,11 @@ class EagerUpdate:
         if present != self._present:
             chosen = [s._replace(grad=g) for s, g in zip(self._segments, grads) if g is not None]
             self._works = works_of(chosen, len(self.counters), self._tiled)
-            sizes = [sum(b.x.numel() for b in work.blocks) for work in self._works]
-            self._backends = [backend_for(self._impl, self.device, n) for n in sizes]
+            self._backends = [backend_for(self._impl, self.device, w.numel) for w in self._works]
             order = {dtype: n for n, dtype in enumerate(w.dtype for w in self._works)}
             self._owners = [order.get(s.x.dtype) for s in self._segments]
-            self._mark([s.param for s in chosen])
+            params = [s.param for s in chosen]
+            self._active = mask_of(params, len(self.counters), self.device, keep=[])
             self._present = present
             return
         taken: list[list[Tensor]] = [[] for _ in self._works]
@@ -191,11 +192,6 @@ class EagerUpdate:
                 taken[owner].append(flat_row(g))
         for work, these in zip(self._works, taken):
             work.blocks = [b._replace(grad=g) for b, g in zip(work.blocks, these, strict=True)]
-
-    def _mark(self, params: Sequence[int]) -> None:
-        mask = torch.zeros(len(self.counters), dtype=torch.bool)
-        mask[list(params)] = True
-        self._active = mask.to(self.device)
 
     def set_active(self, active: Tensor) -> None:
         self._active, self._masked = active, True

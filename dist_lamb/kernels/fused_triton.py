@@ -8,6 +8,7 @@ import operator
 from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from ._triton_private import launches_on
-from .device import capturing, int64, upload
+from .device import capturing, int64, mask_of, upload
 from .groups import GroupTable
 from .segments import COLUMNS, Scalars, Segment
 from .triton_math import ALIGNED, BLOCK, CHUNK_COLUMNS, COPY_SHIFT, GRAD_SHIFT, STEP_COLUMNS
@@ -119,9 +120,8 @@ class TritonUpdate:
             present = [g is not None for g in grads]
             addresses = [0 if g is None else g.data_ptr() for g in grads]
         if present != self._present:
-            mask = torch.zeros(len(self.counters), dtype=torch.bool)
-            mask[[k for k, here in zip(self._params, present) if here]] = True
-            self._active = upload(mask, self.device, self._keep)
+            chosen = compress(self._params, present)
+            self._active = mask_of(chosen, len(self.counters), self.device, self._keep)
             self._present = present
         if addresses != self._addresses:
             # twice as fast as torch.tensor; of nothing there is no buffer

@@ -32,6 +32,11 @@ class GroupOptions:
         #: whether some lr is 0, as far as the host knows
         self.lr_zero = False
 
+    @property
+    def squares_wanted(self) -> bool:
+        """Whether the sum of squares of all gradients must be known before the moments."""
+        return self.clip or self.skip
+
     def read(self, groups: Sequence[Mapping[str, Any]]) -> GroupOptions:
         """Take the groups' options over.
 
@@ -64,6 +69,11 @@ def _values(group: Mapping[str, Any]) -> list[Any]:
         lr = ("device", id(lr)) if lr.device.type != "cpu" else lr.tolist()
     # Copies of lists: one that is written to would always equal itself.
     return [lr, *(tuple(v) if isinstance(v, list) else v for v in map(group.get, _NAMES))]
+
+
+def group_of_each(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The group of each param, in the order of the groups."""
+    return [i for i, group in enumerate(groups) for _ in group["params"]]
 
 
 class GroupTable:

@@ -51,10 +51,6 @@ class Scalars:
     #: one number of any dtype, not 0 where the step must change nothing
     overflow: Tensor | None = None
 
-    @property
-    def squares_wanted(self) -> bool:
-        return self.options.clip or self.options.skip
-
     def inverse_scale(self, device: torch.device) -> Tensor | None:
         """float64 0-d: what unscales a gradient."""
         if self.loss_scale is None:
