@@ -16,3 +16,15 @@
 ``curves``            the chart at the end
 ====================  ==========================================================================
 """
+
+from importlib.util import find_spec
+
+#: What the extra ``pretrain`` installs; without it the error would name whatever comes first.
+PACKAGES = ("matplotlib", "numpy", "rich", "tensorboard", "tokenizers", "transformers")
+
+_missing = [name for name in ("torch", "dist_lamb", *PACKAGES) if find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(
+        f"{', '.join(_missing)} not installed; in the repository: pip install -e '.[pretrain]'",
+        name=_missing[0],
+    )
