@@ -37,7 +37,7 @@ if __name__ == "__main__":
     # Until there is something to save, Ctrl-C ends the program without a traceback, wherever it is.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        import pretraining
+        import pretraining  # noqa: F401
     except ModuleNotFoundError as error:
         sys.exit(f"pretrain: error: {error}")
 
@@ -382,15 +382,15 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
         }
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            # First, since it may refuse the log: then nothing has changed.
-            report = open_report(run_dir, first_step, config.train.steps)
-            if not first_step:
+            if first_step:
+                read_log(run_dir / LOG_NAME)  # refuses a damaged one before anything is changed
+            else:
                 (run_dir / curves.FILE_NAME).unlink(missing_ok=True)
             (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
+            return open_report(run_dir, first_step, config.train.steps)
         except OSError as error:
             raise ConfigError(f"train.run_dir: {error.filename}: {error.strerror}") from error
-        return report
 
     return ranks.together(opened, of=ranks.rank == 0) or Report([])
 

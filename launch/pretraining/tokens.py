@@ -13,19 +13,15 @@ Every start compares the sizes; the digests are compared once a machine and vers
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import string
-import tempfile
 import time
 import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import WordPieceTrainer
 
 from pretraining.config import DataConfig
+from pretraining.disk import known_versions, locked, note_versions, sync_folder, write_synced
 from pretraining.sources import Corpus, CorpusError, Document, read_corpus
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -83,13 +80,13 @@ class TokenCache:
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
                 raise _damaged(path, f"has {found:,} bytes, {size:,} were written")
-        if _known_versions(self.directory) != self._versions():
+        if known_versions(self.directory) != self.versions():
             began = time.monotonic()
             for name, (_, digest) in self.meta["written"].items():
                 with (self.directory / name).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         raise _damaged(self.directory / name, "was changed")
-            self.remember()
+            note_versions(self.directory, self.versions())
             nbytes = sum(size for size, _ in self.meta["written"].values())
             say(
                 f"compared {nbytes:,} bytes of tokens with their digests in "
@@ -97,11 +94,7 @@ class TokenCache:
             )
         return self
 
-    def remember(self) -> None:
-        """Note for later starts on this machine that the files are as they were written."""
-        _note_versions(self.directory, self._versions())
-
-    def _versions(self) -> dict[str, list[int]]:
+    def versions(self) -> dict[str, list[int]]:
         """What changes with every write to a file. ctime cannot be set back."""
         stats = {name: (self.directory / name).stat() for name in self.meta["written"]}
         return {n: [s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns] for n, s in stats.items()}
@@ -170,78 +163,79 @@ def prepare_tokens(data: DataConfig, say: Callable[[str], None]) -> TokenCache:
     Raises:
         CorpusError: no text, or too little of it; a damaged cache.
     """
-    corpus = read_corpus(data.path, data.document_bytes)
-    directory = Path(data.cache_dir) / cache_key(corpus, data)
-    if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_name(f".{directory.name}.lock"), say):
-            # Another process may have made it meanwhile.
-            if not directory.exists():
-                _build(directory, corpus, data, say)
-                made = TokenCache.open(directory)
-                made.remember()
-                return made
-    return TokenCache.open(directory).checked(say)
-
-
-@contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock that ends with its process, however that ends. (Process numbers tell nothing:
-    in a container the next process may have the same.)"""
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process to make these tokens (it holds {path})")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        corpus = read_corpus(data.path, data.document_bytes)
+        directory = Path(data.cache_dir) / cache_key(corpus, data)
+        if not directory.exists():
+            _build(directory, corpus, data, say)
+        return TokenCache.open(directory).checked(say)
+    except OSError as error:
+        raise CorpusError(f"{error.filename or data.cache_dir}: {error.strerror}") from error
 
 
 def _build(directory: Path, corpus: Corpus, data: DataConfig, say: Callable[[str], None]) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with locked(directory.with_name(f".{directory.name}.lock"), say) as alone:
+        if directory.exists():
+            return  # made by another process meanwhile
+        for left in directory.parent.glob(f".{directory.name}.*.new") if alone else ():
+            # Its process is gone, or it would hold the lock.
+            shutil.rmtree(left, ignore_errors=True)
+        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.new")
+        building.mkdir()
+        try:
+            _write_entry(building, corpus, data, say)
+            try:
+                building.rename(directory)
+            except OSError:
+                # Without locks another process may have been faster.
+                if not directory.exists():
+                    raise
+            sync_folder(directory.parent)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        # What was just written need not be compared with its digests.
+        made = TokenCache.open(directory)
+        note_versions(directory, made.versions())
+
+
+def _write_entry(
+    building: Path, corpus: Corpus, data: DataConfig, say: Callable[[str], None]
+) -> None:
     train, held_out = corpus.split(data.held_out_fraction)
-    for left in directory.parent.glob(f".{directory.name}.*.new"):
-        # Its process is gone, since this one has the lock.
-        shutil.rmtree(left, ignore_errors=True)
-    building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.new")
-    building.mkdir()
-    try:
-        say(f"training a tokenizer of {data.vocab_size:,} tokens on {corpus.source}")
-        tokenizer = train_tokenizer(_sample(train, data.tokenizer_bytes), data.vocab_size)
-        if tokenizer.get_vocab_size() > data.vocab_size:
-            raise CorpusError(
-                f"data.vocab_size = {data.vocab_size} is less than the alphabet of "
-                f"{corpus.source} needs ({tokenizer.get_vocab_size()})"
-            )
-        written = [_write(building / "tokenizer.json", [tokenizer.to_str(pretty=True).encode()])]
-        say(f"tokenizing {corpus.nbytes:,} bytes")
-        dtype = "uint16" if data.vocab_size <= 2**16 else "uint32"
-        digest = hashlib.sha256()
-        for name, documents in (("train.bin", train), ("held_out.bin", held_out)):
-            written.append(_write(building / name, _encoded(tokenizer, documents, dtype), digest))
-        itemsize = np.dtype(dtype).itemsize
-        meta = {
-            "source": corpus.source,
-            "files": corpus.files,
-            "nbytes": corpus.nbytes,
-            "sha256": corpus.sha256,
-            "duplicates": corpus.duplicates,
-            "binary_files": corpus.binary_files,
-            "vocabulary": tokenizer.get_vocab_size(),
-            "dtype": dtype,
-            "train_documents": len(train),
-            "train_tokens": written[1][0] // itemsize,
-            "held_out_documents": len(held_out),
-            "held_out_tokens": written[2][0] // itemsize,
-            "tokens_sha256": digest.hexdigest(),
-            "written": dict(zip(_FILES, written, strict=True)),
-        }
-        text = json.dumps({**meta, "meta_sha256": _digest_of(meta)}, indent=1) + "\n"
-        _write(building / "meta.json", [text.encode()])
-        _sync(building)
-        building.rename(directory)
-        _sync(directory.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    say(f"training a tokenizer of {data.vocab_size:,} tokens on {corpus.source}")
+    tokenizer = train_tokenizer(_sample(train, data.tokenizer_bytes), data.vocab_size)
+    if tokenizer.get_vocab_size() > data.vocab_size:
+        raise CorpusError(
+            f"data.vocab_size = {data.vocab_size} is less than the alphabet of "
+            f"{corpus.source} needs ({tokenizer.get_vocab_size()})"
+        )
+    written = [write_synced(building / "tokenizer.json", [tokenizer.to_str(pretty=True).encode()])]
+    say(f"tokenizing {corpus.nbytes:,} bytes")
+    dtype = "uint16" if data.vocab_size <= 2**16 else "uint32"
+    digest = hashlib.sha256()
+    for name, documents in (("train.bin", train), ("held_out.bin", held_out)):
+        written.append(write_synced(building / name, _encoded(tokenizer, documents, dtype), digest))
+    itemsize = np.dtype(dtype).itemsize
+    meta = {
+        "source": corpus.source,
+        "files": corpus.files,
+        "nbytes": corpus.nbytes,
+        "sha256": corpus.sha256,
+        "duplicates": corpus.duplicates,
+        "binary_files": corpus.binary_files,
+        "vocabulary": tokenizer.get_vocab_size(),
+        "dtype": dtype,
+        "train_documents": len(train),
+        "train_tokens": written[1][0] // itemsize,
+        "held_out_documents": len(held_out),
+        "held_out_tokens": written[2][0] // itemsize,
+        "tokens_sha256": digest.hexdigest(),
+        "written": dict(zip(_FILES, written, strict=True)),
+    }
+    text = json.dumps({**meta, "meta_sha256": _digest_of(meta)}, indent=1) + "\n"
+    write_synced(building / "meta.json", [text.encode()])
+    sync_folder(building)
 
 
 def _damaged(path: Path, problem: str) -> CorpusError:
@@ -252,55 +246,6 @@ def _damaged(path: Path, problem: str) -> CorpusError:
 
 def _digest_of(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, parts: Iterable[bytes], also: Any = None) -> tuple[int, str]:
-    """Write a file and sync it to disk; its size and SHA-256. ``also``: another hash to feed."""
-    own, size = hashlib.sha256(), 0
-    with path.open("xb") as file:
-        for part in parts:
-            file.write(part)
-            size += len(part)
-            for digest in (own, also) if also else (own,):
-                digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, own.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _notes(directory: Path) -> Path:
-    """Where this machine, or container, keeps what it knows of a cache entry."""
-    of = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir(), f"dist_lamb-{os.getuid()}", f"{of}.json")
-
-
-def _known_versions(directory: Path) -> Any:
-    path = _notes(directory)
-    try:
-        # Whoever owns the file could say that tokens were compared.
-        return json.loads(path.read_bytes()) if path.stat().st_uid == os.getuid() else None
-    except (OSError, ValueError):
-        return None
-
-
-def _note_versions(directory: Path, versions: dict[str, list[int]]) -> None:
-    path = _notes(directory)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        part.write_text(json.dumps(versions), encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        # Then the next start compares again, which costs time and nothing else.
-        part.unlink(missing_ok=True)
 
 
 def _sample(documents: Sequence[Document], nbytes: int) -> list[Document]:
