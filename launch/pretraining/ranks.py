@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,9 +83,9 @@ class StopRequest:
     """Whether this process got SIGTERM (preemption, ``kill``), SIGINT (Ctrl-C) or SIGUSR1 (a
     warning before SIGTERM).
 
-    As a context: the signals do nothing else meanwhile, but for a second SIGINT, which ends the
-    process at once. torchrun passes SIGTERM and SIGINT on to every rank; SIGUSR1 may be sent to
-    any one of them.
+    As a context: the signals do nothing else meanwhile, but after SIGINT the next one ends the
+    process at once. torchrun passes SIGTERM and SIGINT on to every rank, a second SIGINT as
+    SIGTERM; SIGUSR1 may be sent to any one of them.
     """
 
     def __init__(self) -> None:
@@ -98,14 +96,14 @@ class StopRequest:
             number: signal.signal(number, self._asked)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
-        _follow_torchrun()
         return self
 
     def _asked(self, number: int, _: object) -> None:
         self.signal = signal.Signals(number).name
         if number == signal.SIGINT:
             # The system's own action also ends a process that waits inside a collective.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_DFL)
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 # Not print(): its buffer may be in use. The first part shows the cursor again,
                 # which a live bar has hidden and a process that ends at once cannot.
@@ -115,15 +113,6 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _follow_torchrun() -> None:
-    """Have Linux send SIGINT to this process when its torchrun ends before it: by a second Ctrl-C,
-    which torchrun does not pass on, or by SIGKILL, after which a job started anew would find this
-    one still writing into its folder."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGINT)
 
 
 def check_restarts(train: TrainConfig) -> str:
