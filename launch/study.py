@@ -7,7 +7,7 @@
     python launch/study.py report configs/study_large_batch.toml --out runs/study
 
 ``run`` works through the runs that the results so far ask for, the most important first, until its
-time is over; started again with the same ``--out`` it goes on. ``report`` needs the CSV files alone.
+time is over; started again with the same ``--out`` it goes on. ``report`` needs the CSV alone.
 """
 
 from __future__ import annotations

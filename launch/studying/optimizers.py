@@ -15,7 +15,7 @@ from dist_lamb import Lamb, param_groups
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What every optimizer of a study is made with; ``lr`` is a 0-d tensor on the params' device."""
+    """What every optimizer of a study is made with; ``lr`` is a 0-d tensor beside the params."""
 
     lr: Tensor
     betas: tuple[float, float]

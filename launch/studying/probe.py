@@ -13,7 +13,7 @@ from torch import Tensor
 from studying.config import StudyConfig
 from studying.data import Sequences
 from studying.grid import basin, best_lr, first_lrs
-from studying.results import FILE, Cell, Run, read
+from studying.results import FILE, Run, read
 from studying.training import Mode, Pack, make_pack
 
 NOISE_FILE, TRUST_FILE = "noise.csv", "trust.csv"

@@ -98,10 +98,13 @@ _COLUMNS = [f.name for f in fields(Run)] + [f.name for f in fields(Row) if f.nam
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows; they are on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         if not file.tell():
             writer.writeheader()
+        if cut_off:
+            file.write("\n")
         for row in rows:
             values = {**asdict(row.run), **{n: getattr(row, n) for n in _COLUMNS[6:]}}
             values["curve"] = " ".join(f"{step}:{loss:.5g}" for step, loss in row.curve)
@@ -120,13 +123,13 @@ def read(*paths: Path) -> dict[Run, Row]:
         if not path.exists():
             continue
         with path.open(newline="") as file:
-            for values in csv.DictReader(file):
-                if set(values) != set(_COLUMNS) or any(v is None for v in values.values()):
-                    if set(values) - {None} != set(_COLUMNS):
-                        raise ValueError(f"{path} has other columns than {', '.join(_COLUMNS)}")
-                    continue
-                row = _row(values)
-                found[row.run] = row
+            reader = csv.DictReader(file)
+            if reader.fieldnames != _COLUMNS:
+                raise ValueError(f"{path} has other columns than {', '.join(_COLUMNS)}")
+            for values in reader:
+                if None not in values.values():
+                    row = _row(values)
+                    found[row.run] = row
     return found
 
 

@@ -106,16 +106,15 @@ def run_study(
     for name in names:
         queue.put(name)
     executor: Executor
+    given = queue, config, folder
     if len(names) == 1:
-        executor = ThreadPoolExecutor(
-            1, initializer=prepare_worker, initargs=(queue, config, folder)
-        )
+        executor = ThreadPoolExecutor(1, initializer=prepare_worker, initargs=given)
     else:
         executor = ProcessPoolExecutor(
             len(names),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=prepare_worker,
-            initargs=(queue, config, folder),
+            initargs=given,
         )
     rates: dict[str, float] = {}
     limits: dict[int, int] = {}

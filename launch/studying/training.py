@@ -30,7 +30,7 @@ from studying.results import Row, Run
 from studying.stacked import build, stacked_loss
 
 Mode = Literal["eager", "graph", "compile"]
-_EVAL_SEQUENCES = 512  # over all runs of a pack, in one forward pass
+_EVAL_SEQUENCES = 2048  # over all runs of a pack, in one forward pass
 
 
 class Stopped(Exception):
@@ -271,7 +271,7 @@ class Pack:
             done, seconds, curves = self._load(checkpoint)
         saved = time.monotonic()
         for point in points:
-            if done and point <= done:
+            if curves[0] and point <= done:
                 continue
             began = time.monotonic()
             self.advance(point - done)
