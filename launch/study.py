@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         one = command(name, about)
         one.add_argument("--data", type=Path, default=Path("runs/study_data"))
         one.add_argument("--minutes", type=float, default=minutes)
-        one.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        one.add_argument("--device", default="auto", help="auto, cpu, or cuda:0,cuda:1")
         if name == "calibrate":
             one.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["graph"])
         else:

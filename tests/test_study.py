@@ -374,6 +374,8 @@ def test_bad_input_is_refused(small: Path, tmp_path: Path) -> None:
             say=print,
         )  # fmt: skip
     assert study.main(["run", str(tmp_path / "none.toml")]) == 2
+    config = str(small / "study.toml")
+    assert study.main(["run", config, "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
 
 
 def test_data_is_what_was_carried(small: Path, tmp_path: Path) -> None:
@@ -408,3 +410,27 @@ def test_options_reach_the_optimizers() -> None:
         for group in optimizer.param_groups:
             assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-3)
             assert group["lr"] is lr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_study_on_a_cpu(tmp_path: Path) -> None:
+    """configs/study_smoke.toml, on the text that every machine has: every run is finite or counted,
+    and the best lrs train."""
+    data = ["--out", str(tmp_path / "data"), "--work", str(tmp_path / "work")]
+    assert study.main(["data", "stdlib", *data, "--vocab-size", "1024"]) == 0
+    path = ROOT / "configs" / "study_smoke.toml"
+    of = [str(path), "--out", str(tmp_path / "out")]
+    on = ["--data", str(tmp_path / "data"), "--device", "cpu", "--minutes", "5"]
+    assert study.main(["run", *of, *on]) == 0
+    rows = results.read(tmp_path / "out" / "study.csv")
+    config = load_study(path)
+    for rule in config.rules:
+        for batch in config.batches[:2]:
+            cell = Cell("decoder", rule, batch, config.warmup(batch))
+            of_cell = grid.basin(cell, rows, 0)
+            best = grid.best_lr(of_cell)
+            assert best is not None
+            assert of_cell[best].loss < of_cell[best].unigram_loss
+    assert study.main(["report", *of, "--to", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "study_steps.png").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,28 +20,27 @@ from studying.training import Mode, Pack, make_pack
 FILE = "calibration.csv"
 
 
+def together(config: StudyConfig) -> int:
+    """Runs in a typical pack of the base batch: two rules, six lrs each, if so many fit."""
+    return max(1, min(12, config.pack_sequences // config.base_batch))
+
+
 def cases(config: StudyConfig, modes: tuple[Mode, ...]) -> list[tuple[str, int, int, Mode]]:
     """(architecture, batch, runs together, mode), the ones that decide first."""
-    found: list[tuple[str, int, int, Mode]] = []
+    first, *others = config.architectures
     small, large = config.batches[0], config.batches[-1]
     most = {b: max(1, config.pack_sequences // b) for b in config.batches}
-    for architecture in config.architectures:
-        for mode in modes:
-            if mode != "eager":
-                ends = [
-                    (small, most[small]),
-                    (large, most[large]),
-                    (small, max(1, most[small] // 4)),
-                ]
-                found += [(architecture, b, r, mode) for b, r in ends]
-    first = config.architectures[0]
-    for mode in modes:
-        if mode == "graph":
-            found += [(first, b, 1, mode) for b in config.batches[:-1]]
-            found += [(first, b, most[b], mode) for b in config.batches[1:-1]]
-            found += [(first, small, r, mode) for r in (2, 4, 8)]
+    ends = [(large, most[large]), (small, together(config))]
+    found: list[tuple[str, int, int, Mode]] = []
+    if "graph" in modes:
+        shapes = [*ends, (small, 1), *((b, most[b]) for b in config.batches[1:-1]), (small, 4)]
+        found += [(first, *shape, "graph") for shape in shapes]
+        found += [(a, *shape, "graph") for a in others for shape in ends]
+        found += [(first, small, most[small], "graph"), (first, large, 2 * most[large], "graph")]
+    if "compile" in modes:
+        found += [(a, *shape, "compile") for a in config.architectures for shape in ends]
     if "eager" in modes:
-        found += [(first, small, 1, "eager"), (first, large, most[large], "eager")]
+        found += [(first, small, 1, "eager"), (first, *ends[0], "eager")]
     return list(dict.fromkeys(found))
 
 
@@ -90,11 +90,17 @@ def measure(
         "hardware": torch.cuda.get_device_name() if cuda else "CPU",
         "torch": torch.__version__,
     }
-    if cuda:
-        del pack
+    del pack
+    _free(data)
+    return row
+
+
+def _free(data: Sequences) -> None:
+    # A pack refers to itself; its graph's memory would stay until a later collection.
+    gc.collect()
+    if data.train.is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return row
 
 
 def _advance(pack: Pack, steps: int, cuda: bool) -> None:
@@ -107,7 +113,7 @@ def agreement(config: StudyConfig, data: Sequences, mode: Mode, say: Callable[[s
     """The largest difference of training losses between ``mode`` and eager, over some steps."""
     found = []
     for way in (mode, "eager"):
-        runs = runs_of(config, config.architectures[0], config.base_batch, 4)
+        runs = runs_of(config, config.architectures[0], config.base_batch, together(config))
         pack = make_pack(config, runs, data, way, say)  # type: ignore[arg-type]
         pack.advance(min(20, pack.steps))
         found.append(pack.train_losses()[: min(20, pack.steps)])
@@ -133,6 +139,7 @@ def calibrate(
     for mode in modes:
         if mode != "eager":
             say(agreement(config, data, mode, say))
+            _free(data)
     say("  arch    batch  runs  mode      ready s    step ms   M tokens/s   peak GB")
     for case in cases(config, modes):
         if time.monotonic() > deadline:
@@ -142,7 +149,7 @@ def calibrate(
             row = measure(config, data, case, seconds, say)
         except torch.OutOfMemoryError:
             say(f"{case}: out of memory")
-            torch.cuda.empty_cache()
+            _free(data)
             continue
         rows.append(row)
         say(

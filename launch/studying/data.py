@@ -174,6 +174,19 @@ class Sequences:
         return float(-logs[self.held_out.flatten().long()].mean())
 
 
+def check_data(folder: Path) -> dict[str, Any]:
+    """``meta.json`` of ``folder``.
+
+    Raises:
+        DataError: the folder lacks one of its files.
+    """
+    for name in (META, TOKENS):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing; make it with: study.py data")
+    found: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    return found
+
+
 def load_data(folder: Path, seq_len: int, held_out: int, device: torch.device) -> Sequences:
     """The tokens of ``folder``, checked against their digest; at most ``held_out`` held-out
     sequences, chosen evenly.
@@ -181,11 +194,8 @@ def load_data(folder: Path, seq_len: int, held_out: int, device: torch.device) -
     Raises:
         DataError: no such data, other data than ``meta.json`` says, or too little.
     """
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        raw = lzma.decompress((folder / TOKENS).read_bytes())
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; make it with: study.py data") from None
+    meta = check_data(folder)
+    raw = lzma.decompress((folder / TOKENS).read_bytes())
     if hashlib.sha256(raw).hexdigest() != meta["sha256"]:
         raise DataError(f"{folder / TOKENS} is not what {META} describes; make both anew")
     if meta["vocabulary"] > 2**15:

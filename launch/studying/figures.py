@@ -257,7 +257,7 @@ def _trust(rows: Sequence[dict[str, str]]) -> Figure | None:
     if not adapted:
         return None
     values, names = values[adapted], [names[k] for k in adapted]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.25 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 2.5 + 0.2 * len(names)), layout="constrained")
     picture = axes.pcolormesh(
         np.arange(len(steps) + 1), np.arange(len(names) + 1), values, norm=LogNorm(), cmap="viridis"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from studying.config import StudyConfig
-from studying.data import Sequences, load_data
+from studying.data import Sequences, check_data, load_data
 from studying.grid import next_pack, wanted
 from studying.results import FILE, Row, Run, append, read
 from studying.training import Job, Mode, Stopped, checkpoint_name, train_rows
@@ -40,9 +41,9 @@ class Outcome:
 
 
 def devices(device: str) -> list[str]:
-    """``auto``: every visible GPU, else the CPU."""
+    """``auto``: every visible GPU, else the CPU; or names with commas between."""
     if device != "auto":
-        return [device]
+        return device.split(",")
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
@@ -75,6 +76,8 @@ def work(job: Job) -> Outcome:
         lines.append(f"out of memory with {len(job.runs)} runs together")
         return Outcome(lines=tuple(lines), out_of_memory=True)
     finally:
+        # A pack refers to itself; its graph's memory would stay until a later collection.
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return Outcome(tuple(rows), time.monotonic() - began, tuple(lines))
@@ -99,6 +102,7 @@ def run_study(
         The number of new rows.
     """
     deadline = time.time() + 60 * minutes
+    check_data(folder)  # a pool would only say that a worker could not start
     path = out / FILE
     results = read(path)
     names = devices(device)
@@ -116,7 +120,7 @@ def run_study(
             initializer=prepare_worker,
             initargs=given,
         )
-    rates: dict[str, float] = {}
+    rates: dict[tuple[str, int], float] = {}
     limits: dict[int, int] = {}
     jobs: dict[Future[Outcome], Job] = {}
     made = 0
@@ -126,7 +130,9 @@ def run_study(
             while len(jobs) < len(names):
                 running = [run for job in jobs.values() for run in job.runs]
                 left = wanted(config, results, running)
-                rate = rates.get(left[0].architecture, config.tokens_per_s) if left else 1.0
+                rate = config.tokens_per_s
+                if left:
+                    rate = rates.get((left[0].architecture, left[0].batch), rate)
                 pack = next_pack(config, left, rate, deadline - time.time())
                 if not pack:
                     break
@@ -160,7 +166,7 @@ def run_study(
                     made += len(outcome.rows)
                     # With what starting and evaluating cost: it is to fit into the time.
                     rate = sum(row.tokens for row in outcome.rows) / outcome.seconds
-                    rates[job.runs[0].architecture] = rate
+                    rates[job.runs[0].architecture, job.runs[0].batch] = rate
                     for row in outcome.rows:
                         say(_line(row))
                     say(

@@ -328,6 +328,10 @@ class Pack:
         return self._losses.cpu()
 
 
+#: (architecture, mode) that failed in this process: not tried again for every pack
+_failed: set[tuple[str, Mode]] = set()
+
+
 def make_pack(
     config: StudyConfig,
     runs: Sequence[Run],
@@ -337,16 +341,24 @@ def make_pack(
 ) -> Pack:
     """A pack in ``mode``, or, with a line that says why, in the next plainer one that works."""
     order: list[Mode] = ["compile", "graph", "eager"]
+    architecture = runs[0].architecture
     for attempt in order[order.index(mode) :]:
+        if (architecture, attempt) in _failed:
+            continue
         try:
             return Pack(config, runs, data, attempt, say)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
+            # Compilers and captures fail with errors of many types.
             if attempt == "eager":
                 raise
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            say(f"warning: mode {attempt} failed, trying a plainer one: {first}")
+            _failed.add((architecture, attempt))
+            first = next(iter(str(error).splitlines()), "")
+            say(
+                f"warning: mode {attempt} failed for {architecture}, trying a plainer one: "
+                f"{type(error).__name__}: {first}"
+            )
             with suppress(RuntimeError):
                 torch.cuda.synchronize()
     raise AssertionError("unreachable")
