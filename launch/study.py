@@ -20,6 +20,7 @@ from typing import get_args
 import torch
 from pretraining.config import ConfigError
 from pretraining.sources import CorpusError
+from studying import calibrate
 from studying.config import load_study
 from studying.data import DataError, load_data, make_data
 from studying.training import Mode
@@ -60,7 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "calibrate":
             one.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["graph"])
         else:
-            one.add_argument("--mode", choices=get_args(Mode), default="graph")
+            one.add_argument(
+                "--mode",
+                choices=["auto", *get_args(Mode)],
+                default="auto",
+                help="auto: compile if calibration.csv in --out says that it pays, else graph",
+            )
     command("plot", "the figures, from the CSV")
     report = command("report", "the figures, the tables and a draft of the text, from the CSV")
     report.add_argument("--to", type=Path, help="folder of figures and text; default: --out")
@@ -85,6 +91,8 @@ def _do(args: argparse.Namespace) -> int:
         )
         return 0
     config = load_study(args.config)
+    if getattr(args, "mode", "") == "auto":
+        args.mode = calibrate.best_mode(args.out / calibrate.FILE)
     if args.command == "run":
         from studying.runner import run_study
 
@@ -110,10 +118,9 @@ def _do(args: argparse.Namespace) -> int:
     device = torch.device(devices(args.device)[0])
     sequences = load_data(args.data, config.seq_len, config.held_out, device)
     if args.command == "calibrate":
-        from studying.calibrate import calibrate
-
-        modes = tuple(args.modes)
-        calibrate(config, sequences, args.out, minutes=args.minutes, modes=modes, say=_say)
+        calibrate.calibrate(
+            config, sequences, args.out, minutes=args.minutes, modes=tuple(args.modes), say=_say
+        )
     else:
         from studying.probe import probe
 

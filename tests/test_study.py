@@ -12,6 +12,7 @@ import torch
 from pretraining.config import ConfigError, ModelConfig
 from studying import data as study_data
 from studying import grid, results
+from studying.calibrate import best_mode
 from studying.config import RuleConfig, StudyConfig, load_study
 from studying.data import DataError, Sequences
 from studying.optimizers import OptimizerOptions
@@ -389,6 +390,17 @@ def test_data_is_what_was_carried(small: Path, tmp_path: Path) -> None:
     meta.write_text(first.replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(DataError, match="not what"):
         study_data.load_data(tmp_path / "data", 16, 8, torch.device("cpu"))
+
+
+def test_the_mode_is_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.csv"
+    assert best_mode(path) == "graph"
+    lines = ["architecture,batch,runs,mode,tokens_per_s", "decoder,16,4,graph,100"]
+    path.write_text("\n".join([*lines, "decoder,16,4,compile,150", ""]))
+    assert best_mode(path) == "compile"
+    more = ["decoder,64,1,graph,100", "decoder,64,1,compile,110", ""]
+    path.write_text("\n".join([*lines, "decoder,16,4,compile,150", *more]))
+    assert best_mode(path) == "graph"
 
 
 def test_every_configuration_of_the_repository_loads() -> None:
