@@ -13,14 +13,17 @@ from .errors import CheckpointError
 from .files import Checkpoint
 from .folder import checkpoints, latest
 from .loading import load
+from .owner import Owner, claim
 from .saving import Pending, Stateful, save, save_async, wait
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Owner",
     "Pending",
     "Stateful",
     "checkpoints",
+    "claim",
     "latest",
     "load",
     "save",

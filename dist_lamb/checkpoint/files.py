@@ -43,7 +43,11 @@ MANIFEST, TENSORS, STATE = "manifest.json", "tensors.json", "state.json"
 #: Chunks start at multiples of this, so that a file can be mapped and read in place.
 ALIGNMENT = 64
 
-_NAME = re.compile(r"rank-\d+\.bin|tensors\.json|state\.json")
+#: A step as the name of a folder has it: one way to write each number.
+STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+MAX_STEP = 10**18
+
+_NAME = re.compile(r"rank-(0|[1-9][0-9]{0,8})\.bin|tensors\.json|state\.json")
 
 
 @dataclass(frozen=True)
