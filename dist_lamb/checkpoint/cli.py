@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from .errors import CheckpointError
-from .files import Checkpoint
 from .folder import resolve
+from .reading import Checkpoint
 
 
 def inspect(checkpoint: Checkpoint) -> None:

@@ -16,6 +16,7 @@ from ..base import LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import Comm, ProcessGroup, host_comm, is_dtensor
 from . import folder, schema, storage
+from . import rng as rng_states
 from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
 from .files import MAX_STEP
@@ -187,7 +188,7 @@ def _snapshot(
         tensors = {k: t for k, t in tensors.items() if isinstance(t, Fragment) or is_dtensor(t)}
     if rng:
         device = schema.device_of(names)
-        tensors["rng"] = schema.rng_to_save(comm.rank, comm.world_size, device)
+        tensors["rng"] = rng_states.to_save(comm.rank, comm.world_size, device)
     state = {
         "about": schema.about(names, optimizer),
         "groups": schema.groups_to_save(names, optimizer),

@@ -50,7 +50,6 @@ from .files import (
     MANIFEST,
     STATE,
     TENSORS,
-    Checkpoint,
     Chunk,
     DataFile,
     Entry,
@@ -62,6 +61,7 @@ from .files import (
 )
 from .folder import discard, publish
 from .fragments import Fragment
+from .reading import Checkpoint
 
 
 class LocalBoxes:
