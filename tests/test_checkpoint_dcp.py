@@ -194,7 +194,7 @@ def test_harmful_ones_are_refused(tmp_path: Path, capsys: Any) -> None:
         "mkdir has no place there": lambda c: harm,
         "has no place there": lambda c: setattr(c, "planner_data", {"model.0.weight": harm}),
         "builtins.eval has no place": lambda c: setattr(c, "version", eval),
-        "os.system has no place": lambda c: [os.system],
+        "posix.system has no place": lambda c: [os.system],
         "it holds something else": lambda c: [1],
         "is no file of a checkpoint": lambda c: setattr(_first(c), "relative_path", "../secret"),
         "it ends before byte": lambda c: setattr(_first(c), "length", 10**15),

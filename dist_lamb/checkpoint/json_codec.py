@@ -81,7 +81,10 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, dict):
         simple = all(isinstance(key, str) and not key.startswith("$") for key in value)
         if simple and not isinstance(value, Counter):
-            return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
+            return {
+                encode(key, f"{where}: a key"): encode(item, f"{where}.{key}", depth + 1)
+                for key, item in value.items()
+            }
         pairs = [
             [
                 encode(key, f"{where}: a key", depth + 1),
