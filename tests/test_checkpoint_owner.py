@@ -57,8 +57,9 @@ def small(value: float = 0.0) -> tuple[nn.Module, Lamb]:
     return net, Lamb(net.parameters())
 
 
-def _owns(pipe: Any, folder: str, beat: float, error_file: str = "") -> None:
+def _owns(pipe: Any, folder: str, beat: float, error_file: str = "", restarts: str = "0") -> None:
     owner.BEAT_SECONDS = beat
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = restarts
     os.environ["TORCHELASTIC_ERROR_FILE"] = error_file
     checkpoint.claim(folder)
     pipe.send("ready")
@@ -97,14 +98,18 @@ def test_the_place_of_a_killed_one_is_taken(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             checkpoint.claim(tmp_path).release()
-    with process(_owns, str(tmp_path), 0.001) as (first, _):
-        os.kill(first.pid, signal.SIGKILL)
-        first.join()
-        monkeypatch.setattr(owner, "_kernel", lambda: "another")
-        monkeypatch.setattr(owner, "PATIENCE", 3)
-        with pytest.warns(UserWarning, match=rf"a sign of life from process {first.pid}"):
-            claimed = checkpoint.claim(tmp_path)
-    assert owners(tmp_path) == [".owner-2"]
+    monkeypatch.setattr(owner, "PATIENCE", 3)
+    for restarts in ("3", "0"):  # by its own torchrun, which has the next word
+        with process(_owns, str(tmp_path), 0.001, "", restarts) as (first, _):
+            os.kill(first.pid, signal.SIGKILL)
+            first.join()
+            if restarts == "0":
+                monkeypatch.setattr(owner, "_kernel", lambda: "another")
+            with pytest.warns(UserWarning, match=rf"a sign of life from process {first.pid}"):
+                claimed = checkpoint.claim(tmp_path)
+        assert owners(tmp_path) == [".owner-2"]
+        if restarts == "3":
+            claimed.release()
     assert claimed.problem() is None
     claimed.release()
     assert owners(tmp_path) == []

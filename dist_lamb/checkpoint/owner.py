@@ -3,8 +3,9 @@
 The owner's file is ``.owner-<n>``, of several the one with the highest number. It begins with a
 count, its beat, that a thread of the owner raises for as long as the process lives. A newcomer
 reads it again and again: it is refused if the count moves, and takes over, with the file of the
-next number, if the count stands still. It need not wait for that if the owner ran on this very
-kernel and its lock on the file is free, or if both are attempts of one torchrun job. Host names
+next number, if the count stands still. It need not wait for that if both are attempts of one
+torchrun job, or if the owner ran on this very kernel, its lock on the file is free, and no torchrun
+starts it again: between two attempts of a job the folder is the job's. Host names
 and process numbers are in the file for error messages alone: containers repeat both, and clocks
 jump.
 """
@@ -32,7 +33,7 @@ from .files import open_file, os_errors
 BEAT_SECONDS = 1.0
 #: After so many looks at a beat that stands still its owner counts as dead. A process that is
 #: stopped with its owner does not look either, so no clock decides.
-PATIENCE = 30
+PATIENCE = 60
 
 _NAME = re.compile(r"\.owner-([1-9][0-9]{0,17})")
 _BEAT_DIGITS = 20
@@ -97,7 +98,8 @@ def claim(directory: str | os.PathLike[str]) -> Owner:
     claims the folder of all of them first, before it looks for what is there.
 
     If another process was the owner and ended, this returns at once if it ended by itself, was an
-    earlier attempt of the same torchrun job, or was killed on this machine; else in 30 seconds.
+    earlier attempt of the same torchrun job, or was killed on this machine with no torchrun that
+    starts it again; else in a minute.
 
     Raises:
         CheckpointError: naming the owner, or the folder or file that cannot be written.
@@ -209,10 +211,19 @@ def _about(locked: bool) -> bytes:
     about = {
         "id": uuid.uuid4().hex,
         "job": _job(),
-        "kernel": _kernel() if locked else None,
+        "kernel": _kernel() if locked and not _is_restarted() else None,
         "who": f"process {os.getpid()} on {socket.gethostname()}, there since {time.ctime()},",
     }
     return json.dumps(about).encode()
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun starts this job again should it end now."""
+    most, count = (
+        int(os.environ.get(f"TORCHELASTIC_{name}", "0"))
+        for name in ("MAX_RESTARTS", "RESTART_COUNT")
+    )
+    return most > count
 
 
 def _lock_file(fd: int) -> bool:
