@@ -149,9 +149,9 @@ def _acquire(path: Path) -> Owner:
         about = _about(locked=_lock_file(fd))
         os.pwrite(fd, b"0" * _BEAT_DIGITS + about, 0)
         numbers = _numbers(path)
-        if numbers[-1] != number:
+        if numbers[-1:] != [number]:
             # A newcomer that was stopped may find the next number free again.
-            name.unlink()
+            name.unlink(missing_ok=True)
             os.close(fd)
             continue
         for older in numbers[:-1]:
