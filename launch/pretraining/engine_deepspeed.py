@@ -92,7 +92,9 @@ class DeepSpeedEngine:
             raise ConfigError(f"engine deepspeed needs the package deepspeed: {error}") from None
 
         from dist_lamb.deepspeed_adapter import DeepSpeedLamb
+        from pretraining.deepspeed_ops import load_shared_memory_op
 
+        load_shared_memory_op()
         self.optimizer = DeepSpeedLamb(
             param_groups(model, weight_decay=optim.weight_decay),
             lr=lr,
