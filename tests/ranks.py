@@ -29,13 +29,15 @@ def run_ranks(
     exception is raised here with its traceback; a rank still running after ``timeout`` seconds
     is killed. With ``backend="nccl"`` every rank has a GPU of its own, the current device.
     """
-    context = mp.get_context("spawn")
+    context = rank_context(backend)
     store = tmp_path / f"store-{world}-{len(list(tmp_path.iterdir()))}"
     processes, pipes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_main, args=(rank, world, str(store), theirs, backend, fn, args), daemon=True
+            target=_main,
+            args=(rank, world, str(store), theirs, backend, fn, args, dict(os.environ)),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -66,6 +68,32 @@ def run_ranks(
     return results
 
 
+#: Imported once by the process that ranks are forked from: importing torch takes a rank 3 s.
+PRELOADED = [
+    "torch",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "pytest",
+    "dist_lamb",
+    "dist_lamb.checkpoint",
+]
+
+
+def rank_context(backend: str = "gloo") -> Any:
+    """How processes of ranks are started: forked from one that has imported torch already.
+
+    Not where Triton interprets its kernels, which it decides as it is imported, nor on GPUs, which
+    a forked process cannot use if the first one has.
+    """
+    if backend != "gloo" or os.environ.get("TRITON_INTERPRET") == "1":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 WORLDS = (1, 2, 3, 4)
 
 
@@ -91,7 +119,11 @@ def _main(
     backend: str,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
+    # A process of the fork server has the environment that the first one had.
+    os.environ.clear()
+    os.environ.update(environment)
     # Ranks share the cores; more threads than cores make every OpenMP barrier a context switch.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
