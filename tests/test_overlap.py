@@ -176,7 +176,7 @@ def _ways(rank: int, world: int) -> bool:
             (loss_of(model, t, rank) / 2).backward()
             if optimizer._kept is not None and optimizer.accumulate == "local":
                 assert optimizer._reducer is not None
-                assert not optimizer._reducer._rounds
+                assert not optimizer._reducer.rounds.count
         (loss_of(model, t + 50, rank) / 2).backward()
 
     def local_last(optimizer: ShardedLamb, model: nn.Module, t: int) -> None:

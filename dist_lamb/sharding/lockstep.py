@@ -1,0 +1,106 @@
+"""Ranks agree on what comes next before they communicate, or all raise the same error."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+from .comm import Comm
+
+#: The parts of a counter, by bits: how many ranks have come, how many of them with a flag, and the
+#: sum of the codes of what they came for.
+_FLAGS, _CODES, _MASK = 16, 32, 2**16 - 1
+
+
+class Lockstep:
+    """Where ranks meet before a step, a round of reductions, or another series of collectives.
+
+    A collective that another rank does not join never ends on NCCL, and ends the process on gloo.
+    So each rank first adds to a counter in the store of the process group and waits for all others
+    to do so: on the host, with no collective, and without waiting for a device.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        told = comm.everyone((comm.me, uuid4().hex))
+        self._ranks: list[int] = [rank for rank, _ in told]
+        self._me = comm.me
+        self._store: Any = comm.store(told[0][1]) if len(told) > 1 else None
+        self._timeout = comm.timeout() * 0.9
+        #: how often this rank has come
+        self._times = 0
+
+    def meet(self, what: str, flag: bool = False) -> bool:
+        """Wait for all ranks to come for the same; whether any of them has set ``flag``.
+
+        Raises the same ``RuntimeError`` on all ranks if they come for different things, if one
+        :meth:`refuse`\\ s, or if one does not come within the timeout of the process group.
+        """
+        if self._store is None:
+            return flag
+        at, verdict = self._times, self._come(what, flag)
+        if not verdict:
+            try:
+                self._store.wait([f"verdict {at}"], self._timeout)
+                verdict = self._store.get(f"verdict {at}").decode()
+            except RuntimeError:
+                verdict = self._decide(at, self._out_of_step(at))
+        if len(verdict) > 1:
+            raise RuntimeError(verdict)
+        return verdict == "1"
+
+    def refuse(self, what: str, problem: object) -> None:
+        """Have all others, which are waiting or will come, raise that this rank cannot go on."""
+        if self._store is not None:
+            self._come(f"{what}: {problem}", False, refused=True)
+
+    def _come(self, what: str, flag: bool, refused: bool = False) -> str:
+        """What the last rank to come decides; "" for others."""
+        at, world = self._times, len(self._ranks)
+        self._times += 1
+        self._store.set(f"rank {self._me}", f"{at} {'refuses' if refused else 'came for'} {what}")
+        code = zlib.crc32(what.encode()) % (2**31 // world)
+        counter = f"count {at}"
+        total = self._store.add(counter, (code << _CODES) + (flag << _FLAGS) + 1)
+        if total & _MASK < world:
+            return ""
+        for key in (f"count {at - 1}", f"verdict {at - 1}"):
+            self._store.delete_key(key)  # all have read it, or they would not be here
+        # (One that refuses is last, or its code is another one than that of the others.)
+        if refused or total >> _CODES != code * world:
+            return self._decide(at, self._out_of_step(at))
+        return self._decide(at, str(int(total >> _FLAGS & _MASK > 0)))
+
+    def _decide(self, at: int, verdict: str) -> str:
+        """The first decision counts."""
+        decided: bytes = self._store.compare_set(f"verdict {at}", "", verdict)
+        return decided.decode()
+
+    def _out_of_step(self, at: int) -> str:
+        """Which ranks came for what."""
+        said: dict[str, list[int]] = {}
+        for rank in self._ranks:
+            key = f"rank {rank}"
+            there = (
+                self._store.get(key).decode() if self._store.check([key]) else "-1 came for none"
+            )
+            time, what = there.split(" ", 1)
+            if int(time) < at:
+                what = f"has not come in {self._timeout.total_seconds():.0f} s (it {what})"
+            elif int(time) > at:
+                what = "has gone on"
+            said.setdefault(what, []).append(rank)
+        refusals = {what: ranks for what, ranks in said.items() if what.startswith("refuses ")}
+        found = "; ".join(f"{_ranks(ranks)} {what}" for what, ranks in (refusals or said).items())
+        if refusals:
+            return found
+        return (
+            f"ranks are out of step: {found}. Between two steps every rank must run backward as "
+            "often as the others (under no_sync() it may differ), and all must call step()"
+        )
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = list(map(str, ranks))
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
