@@ -188,7 +188,7 @@ class ShardedLamb(ShardedBase):
     def _let_go(self) -> None:
         self.synchronize()
         if self._reducer is not None:
-            self._reducer.discard()
+            self._reducer.let_go()
         if self._order is not None:
             self._order.remove()
         self._handles.remove_all()

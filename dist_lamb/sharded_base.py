@@ -157,6 +157,7 @@ class ShardedBase(LambBase):
         resumed: GradientReducer | None = self._reducer
         if resumed is not None and reducer is not None:
             resumed.resume(reduced, reducer.rounds.count)
+            reducer.let_go()
         return kept
 
     @property

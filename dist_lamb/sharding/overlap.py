@@ -10,6 +10,7 @@ On GPUs both run on a stream of their own; on CPU gloo's threads do the work.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -45,7 +46,8 @@ class Rounds:
 
     def __init__(self, buckets: int, send: Callable[..., None], lockstep: Lockstep) -> None:
         self._buckets = buckets
-        self._send = send
+        # Weakly: a reducer that nobody needs must go at once, with its hooks.
+        self._send = weakref.WeakMethod(send)
         self._lockstep = lockstep
         #: the bucket to be sent next, in a round that is open
         self._next: int | None = None
@@ -67,7 +69,9 @@ class Rounds:
                 self._lockstep.meet(f"a round of gradients in backward, after {self.described()}")
                 self.count += 1
                 self._next = bucket
-            self._send(bucket, **how)
+            send = self._send()
+            assert send is not None
+            send(bucket, **how)
             self._next = bucket + 1
 
     def close(self, **how: Any) -> None:
@@ -267,6 +271,12 @@ class GradientReducer:
         if self.rounds.count:
             self._wait_reduces()
         self.forget()
+
+    def let_go(self) -> None:
+        """Another one reduces these gradients from now on."""
+        self.discard()
+        if self.arrivals is not None:
+            self.arrivals.handles.remove_all()
 
     def reduced(self) -> dict[Tensor, Tensor]:
         """Whole means of what has been reduced since the last step, on the CPU; a collective."""
