@@ -134,9 +134,10 @@ class ShardedBase(LambBase):
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._reduces:
-                keep = self.stage == 1
+                keep, bucketed = self.stage == 1, set(map(id, buffers.bucketed))
+                others = [p for p in self._all_params() if id(p) not in bucketed]
                 self._reducer = GradientReducer(
-                    buffers, self._comm, stream, lockstep, self._overlaps, keep
+                    buffers, self._comm, stream, lockstep, self._overlaps, keep, others
                 )
             self._handles.remove_all()
             self._kept = ShardedState(

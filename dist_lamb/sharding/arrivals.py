@@ -33,8 +33,9 @@ def _mark(grad: Any) -> _Seen | None:
 class Arrivals:
     """Tells that gradients came and that a backward ended, which takes them away between the two.
 
-    ``buckets`` are ranges of ``params``. Every gradient is reported in the first backward; from
-    then on, of each bucket only the one that came last, for a report takes the host some us.
+    ``buckets`` are ranges of ``params``; those in no bucket only show that a backward ran. Every
+    gradient is reported in the first backward; from then on, of each bucket only the one that came
+    last, for a report takes the host some us.
     """
 
     def __init__(
@@ -78,11 +79,10 @@ class Arrivals:
         self.handles.remove_all()
         hooks = [(k, self._unless_paused("_arrived", k)) for k in reported]
         hooks += [(k, self._unless_paused("_began")) for k in noticed]
-        self.handles += [
-            self._params[k].register_post_accumulate_grad_hook(hook)
-            for k, hook in hooks
-            if self._trainable[k]
-        ]
+        for k, hook in hooks:
+            p = self._params[k].requires_grad_(True)  # a frozen one takes no hook
+            self.handles.append(p.register_post_accumulate_grad_hook(hook))
+            p.requires_grad_(self._trainable[k])
 
     def refresh(self) -> None:
         """Watch anew if params were frozen or unfrozen since."""

@@ -128,6 +128,7 @@ class FlatBuffers:
         self._first_tiles: list[tuple[Tensor, Tensor, Tensor]] | None = None
         #: params with elements here
         self.own = frozenset(self._extent_of)
+        self.bucketed = [self.params[j] for bucket in layout.buckets for j in bucket.params]
         #: params without elements, which lie in no bucket
         self.empty = frozenset(j for j, spec in enumerate(layout.params) if not spec.numel)
 

@@ -11,7 +11,7 @@ On GPUs both run on a stream of their own; on CPU gloo's threads do the work.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -92,7 +92,7 @@ class GradientReducer:
     With ``overlap`` a round begins inside a backward and is closed at that backward's end, and
     frees its gradients; rounds since the last step add up in the shards. What such a round leaves,
     and without ``overlap`` everything, is reduced by one more at :meth:`finish`. Until then nobody
-    looks at ``p.grad``: what it holds then counts.
+    looks at ``p.grad``: what it holds then counts. ``others`` are params in no bucket.
     """
 
     def __init__(
@@ -103,13 +103,14 @@ class GradientReducer:
         lockstep: Lockstep,
         overlap: bool,
         keep: bool,
+        others: Sequence[Tensor],
     ) -> None:
         self._buffers = buffers
         self._comm = comm
         self._stream = stream
         self._keep = keep
         self._members = [b.params for b in buffers.layout.buckets]
-        params: list[Any] = [buffers.params[j] for members in self._members for j in members]
+        params: list[Any] = buffers.bucketed
         ends = list(accumulate(map(len, self._members), initial=0))
         buckets = [range(a, b) for a, b in pairwise(ends)]
         self._params_of = [params[bucket.start : bucket.stop] for bucket in buckets]
@@ -117,7 +118,8 @@ class GradientReducer:
         self.rounds = Rounds(len(self._members), self._launch, lockstep)
         self.arrivals: Arrivals | None = None
         if overlap:
-            self.arrivals = Arrivals(params, buckets, stream, self._came, self._backward_ended)
+            watched = [*params, *others]
+            self.arrivals = Arrivals(watched, buckets, stream, self._came, self._backward_ended)
         self._travelling: list[_Reduction | None] = [None] * STAGING_SLOTS
         self._sent = [event() for _ in range(STAGING_SLOTS if stream.stream else 0)]
         self._squares = torch.zeros(len(self._members), dtype=torch.float64, device=buffers.device)
