@@ -153,7 +153,8 @@ def lightning() -> None:
 
         def train_dataloader(self) -> Any:
             rank = self.trainer.global_rank
-            return [batch(t, rank) for t in range(STEPS)]
+            data: Any = [batch(t, rank) for t in range(STEPS)]
+            return torch.utils.data.DataLoader(data, batch_size=None)
 
     def train(task: Task) -> None:
         trainer = L.Trainer(
