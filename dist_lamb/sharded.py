@@ -158,9 +158,14 @@ class ShardedLamb(ShardedBase):
             track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
             fused=fused, **unknown,
         )  # fmt: skip
+        older = self._older()
+        for other in older:
+            other.synchronize()
         if not self._members.open:
             self._join()
-        self._take_over()
+        for other in older:
+            other._let_go()
+        _LIVING.add(self)
         if overlap_gather and module is not None:
             self._order = ForwardOrder(module, self._wait_for_module, self.synchronize)
         if self._overlaps and module is not None:
@@ -177,13 +182,10 @@ class ShardedLamb(ShardedBase):
 
     # --- construction ----------------------------------------------------------------------------
 
-    def _take_over(self) -> None:
-        """Older optimizers of the same params let go of them."""
+    def _older(self) -> list[ShardedLamb]:
+        """Optimizers of the same params, which this one takes over."""
         own = set(map(id, self._all_params()))
-        for other in list(_LIVING):
-            if not own.isdisjoint(map(id, other._all_params())):
-                other._let_go()
-        _LIVING.add(self)
+        return [o for o in _LIVING if not own.isdisjoint(map(id, o._all_params()))]
 
     def _let_go(self) -> None:
         self.synchronize()
@@ -257,7 +259,8 @@ class ShardedLamb(ShardedBase):
             kept.update.set_active(kept.active(present, everywhere=self._reducer is None))
         # 2-6. the update of the shard; norms over the ranks that share it out
         _, flag = self._loss_scaling(kept.buffers.device)
-        self.found_inf = self._scaling.share(flag, self._comm)
+        if flag is not None:
+            self.found_inf = self._scaling.share(flag, self._comm)
         self._update([kept.update], FlatNorms(self._comm), grad_sq)
         if self._reducer is not None:
             self._reducer.stepped()
@@ -288,7 +291,7 @@ class ShardedLamb(ShardedBase):
             what += f" with newly trainable params {unfrozen}"
             left = True
         if reducer is not None:
-            what += f", after {reducer.rounds.described()}"
+            what += f" {reducer.rounds.described()}"
         left = lockstep.meet(what, left)
         self._steps += 1
         return left

@@ -58,15 +58,18 @@ class Rounds:
     def open(self) -> bool:
         return self._next is not None
 
+    def _raised(self) -> str:
+        return f", after {self.broken} backward(s) that raised" if self.broken else ""
+
     def described(self) -> str:
-        raised = f" and {self.broken} backward(s) that raised" if self.broken else ""
-        return f"{self.count} round(s) of gradients{raised}"
+        return f"after round {self.count} of gradients{self._raised()}"
 
     def advance(self, ready: Callable[[int], bool] = lambda bucket: True, **how: Any) -> None:
         """Send the buckets that are ready, up to the first that is not."""
         while (bucket := self._next or 0) < self._buckets and ready(bucket):
             if self._next is None:
-                self._lockstep.meet(f"a round of gradients in backward, after {self.described()}")
+                what = f"round {self.count + 1} of gradients, in backward{self._raised()}"
+                self._lockstep.meet(what)
                 self.count += 1
                 self._next = bucket
             send = self._send()

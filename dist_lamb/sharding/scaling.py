@@ -17,9 +17,9 @@ class LossScaling:
         #: how many ranks the last step had an overflow on
         self._overflows: Later | None = None
 
-    def share(self, flag: Tensor | None, comm: Comm) -> Tensor | None:
+    def share(self, flag: Tensor, comm: Comm) -> Tensor:
         """A scaler's flag of this rank -> on how many ranks it is set."""
-        if flag is None or comm.num_ranks == 1:
+        if comm.num_ranks == 1:
             return flag
         count = comm.sum_over_all((flag > 0).double().view(1))
         self._overflows = Later(count)

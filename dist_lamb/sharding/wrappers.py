@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .arrivals import any_gradient
@@ -17,11 +17,21 @@ def wrapper_problem(params: Sequence[Tensor]) -> str | None:
 
     Frameworks wrap a model long after its optimizer was made, so all living objects are looked at.
     """
+    problem = _found(params)
+    if problem is not None:
+        gc.collect()  # it may be of a wrapper that nobody uses any more
+        problem = _found(params)
+    return problem
+
+
+def _found(params: Sequence[Tensor]) -> str | None:
     own, shapes = set(map(id, params)), {tuple(p.shape) for p in params}
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharders = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
     for thing in gc.get_objects():
         kind = type(thing)
+        if not issubclass(kind, nn.Module) or "_modules" not in thing.__dict__:
+            continue  # or one that was never finished
         if issubclass(kind, DistributedDataParallel):
             if not own.isdisjoint(map(id, thing.parameters())):
                 return (
