@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -23,8 +26,10 @@ class Lockstep:
     """
 
     def __init__(self, comm: Comm) -> None:
-        told = comm.everyone((comm.me, uuid4().hex))
-        self._ranks: list[int] = [rank for rank, _ in told]
+        told = comm.everyone((comm.me, uuid4().hex, _processes(), os.getpid()))
+        self._ranks: list[int] = [rank for rank, *_ in told]
+        #: processes of ranks that can be seen from here
+        self._pids = {rank: pid for rank, _, seen, pid in told if seen == _processes() != ""}
         self._me = comm.me
         self._store: Any = comm.store(told[0][1]) if len(told) > 1 else None
         self._timeout = comm.timeout() * 0.9
@@ -41,14 +46,25 @@ class Lockstep:
             return flag
         at, verdict = self._times, self._come(what, flag)
         if not verdict:
-            try:
-                self._store.wait([f"verdict {at}"], self._timeout)
+            if self._wait_for(f"verdict {at}"):
                 verdict = self._store.get(f"verdict {at}").decode()
-            except RuntimeError:
+            else:
                 verdict = self._decide(at, self._out_of_step(at))
         if len(verdict) > 1:
             raise RuntimeError(verdict)
         return verdict == "1"
+
+    def _wait_for(self, key: str) -> bool:
+        """Whether it comes in time. A wait of the store would let no signal handler run until it
+        ends, and keep to itself what other threads use."""
+        began, until = time.monotonic(), self._timeout.total_seconds()
+        while not self._store.check([key]):
+            waited = time.monotonic() - began
+            gone = waited > 0.5 and not all(map(_runs, self._pids.values()))
+            if waited > until or (gone and not self._store.check([key])):
+                return False
+            time.sleep(min(waited / 8, 0.05))
+        return True
 
     def refuse(self, what: str, problem: object) -> None:
         """Have all others, which are waiting or will come, raise that this rank cannot go on."""
@@ -85,10 +101,12 @@ class Lockstep:
             there = (
                 self._store.get(key).decode() if self._store.check([key]) else "-1 came for none"
             )
-            time, what = there.split(" ", 1)
-            if int(time) < at:
+            when, what = there.split(" ", 1)
+            if int(when) < at and not _runs(self._pids.get(rank)):
+                what = f"does not run any more (it {what})"
+            elif int(when) < at:
                 what = f"has not come in {self._timeout.total_seconds():.0f} s (it {what})"
-            elif int(time) > at:
+            elif int(when) > at:
                 what = "has gone on"
             said.setdefault(what, []).append(rank)
         refusals = {what: ranks for what, ranks in said.items() if what.startswith("refuses ")}
@@ -99,6 +117,26 @@ class Lockstep:
             f"ranks are out of step: {found}. Between two steps every rank must run backward as "
             "often as the others (under no_sync() it may differ), and all must call step()"
         )
+
+
+def _processes() -> str:
+    """Names the processes that this one can see by their numbers; "" where that is not known."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _runs(pid: int | None) -> bool:
+    """Whether a process of this machine runs; True of one that cannot be seen."""
+    try:
+        if pid is not None:
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _ranks(ranks: Iterable[int]) -> str:
