@@ -133,6 +133,7 @@ class Plan:
                     {r.randrange(len(SIZES)): 0.5 * r.randint(0, 4)} if edited else {}
                 )
             plan.steps.append(step)
+        plan.steps[-1].dropped = False  # after it a rank that is ahead would have no partner
         plan.alike = not unlike
         return plan
 

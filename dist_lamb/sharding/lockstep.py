@@ -69,22 +69,24 @@ class Lockstep:
     def refuse(self, what: str, problem: object) -> None:
         """Have all others, which are waiting or will come, raise that this rank cannot go on."""
         if self._store is not None:
-            self._come(f"{what}: {problem}", False, refused=True)
+            # In its own place: this rank does not wait, and may come for something else at once.
+            said = f"rank {self._me} refuses {what}: {problem}"
+            self._store.compare_set(f"refusal {self._times}", "", said)
+            self._come(said, False)
 
-    def _come(self, what: str, flag: bool, refused: bool = False) -> str:
+    def _come(self, what: str, flag: bool) -> str:
         """What the last rank to come decides; "" for others."""
         at, world = self._times, len(self._ranks)
         self._times += 1
-        self._store.set(f"rank {self._me}", f"{at} {'refuses' if refused else 'came for'} {what}")
+        self._store.set(f"rank {self._me}", f"{at} came for {what}")
         code = zlib.crc32(what.encode()) % (2**31 // world)
         counter = f"count {at}"
         total = self._store.add(counter, (code << _CODES) + (flag << _FLAGS) + 1)
         if total & _MASK < world:
             return ""
-        for key in (f"count {at - 1}", f"verdict {at - 1}"):
-            self._store.delete_key(key)  # all have read it, or they would not be here
-        # (One that refuses is last, or its code is another one than that of the others.)
-        if refused or total >> _CODES != code * world:
+        for key in ("count", "verdict", "refusal"):
+            self._store.delete_key(f"{key} {at - 1}")  # all have read it, or would not be here
+        if total >> _CODES != code * world:
             return self._decide(at, self._out_of_step(at))
         return self._decide(at, str(int(total >> _FLAGS & _MASK > 0)))
 
@@ -94,7 +96,10 @@ class Lockstep:
         return decided.decode()
 
     def _out_of_step(self, at: int) -> str:
-        """Which ranks came for what."""
+        """Which ranks came for what, or what one of them cannot do."""
+        if self._store.check([f"refusal {at}"]):
+            refusal: bytes = self._store.get(f"refusal {at}")
+            return refusal.decode()
         said: dict[str, list[int]] = {}
         for rank in self._ranks:
             key = f"rank {rank}"
@@ -109,10 +114,7 @@ class Lockstep:
             elif int(when) > at:
                 what = "has gone on"
             said.setdefault(what, []).append(rank)
-        refusals = {what: ranks for what, ranks in said.items() if what.startswith("refuses ")}
-        found = "; ".join(f"{_ranks(ranks)} {what}" for what, ranks in (refusals or said).items())
-        if refusals:
-            return found
+        found = "; ".join(f"{_ranks(ranks)} {what}" for what, ranks in said.items())
         return (
             f"ranks are out of step: {found}. Between two steps every rank must run backward as "
             "often as the others (under no_sync() it may differ), and all must call step()"
