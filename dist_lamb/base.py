@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import foreign, options, step
+from . import foreign, options, rules, step
 from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
-from .kernels.segments import GRAD_SQ, U_SQ, X_SQ, Scalars
+from .kernels.segments import GRAD_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
@@ -57,11 +57,6 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
     return scalar if scalar.numel() == 1 and scalar.is_floating_point() else scalar.sum().double()
 
 
-def _norms_in(squares: Tensor, ratios: Tensor) -> Tensor:
-    """float32 [params]; NaN where a param took no part."""
-    return torch.where(ratios.isnan(), torch.nan, squares.sqrt().float())
-
-
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, one step, and what it reports."""
 
@@ -81,29 +76,38 @@ class LambBase(Optimizer):
         trust_clip: tuple[float, float] | None = None,
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
+        rule: str = "lamb",
+        amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
-        **unknown: Any,
+        **of_rule: Any,
     ) -> None:
         defaults = {
             name: value
             for name, value in locals().items()
             if name in options.RULE_DEFAULTS or name in options.TORCH_FLAGS
         }
-        foreign.refuse_unknown(type(self).__name__, unknown, [*defaults, "impl", "track_grad_norm"])
+        known = options.rule_named(rule).options
+        foreign.refuse_unknown(
+            type(self).__name__,
+            of_rule.keys() - known.keys(),
+            [*defaults, *known, "impl", "track_grad_norm"],
+        )
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm
-        options.check_group(defaults)
+        # What is as the signature has it was not asked for, so that no rule need have it.
+        given = {n: v for n, v in defaults.items() if v != options.RULE_DEFAULTS.get(n)}
+        options.check_group(options.completed({**given, **of_rule}, {**defaults, **of_rule}))
         # GradScaler then hands over the loss scale and the overflow flag as tensors instead of
         # deciding on the host, rank by rank, whether step() is called at all.
         self._step_supports_amp_scaling = True
         self._prepare_fields()
         named = params.named_parameters() if isinstance(params, nn.Module) else params
-        super().__init__(named, defaults)
+        super().__init__(named, {**defaults, **of_rule})
 
     def _prepare_fields(self) -> None:
         """Everything that is neither group nor state, as in a new optimizer."""
@@ -120,13 +124,16 @@ class LambBase(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
-            options.check_group({**self.defaults, **param_group})
+            param_group = {**param_group, **options.completed(param_group, self.defaults)}
+            options.check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._remember_names(group)
         try:
             for name, p in self.named_groups()[-1]:
                 self._check_param(name, p)
+                if rules.of(group).refuses_zeros:
+                    self.refuse_zeros(name, p)
             named = chain.from_iterable(self.named_groups())
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
@@ -148,6 +155,16 @@ class LambBase(Optimizer):
         if not p.is_floating_point() or p.element_size() < 2:
             raise TypeError(
                 f"{type(self).__name__} optimizes real floating-point tensors; {name} is {p.dtype}"
+            )
+
+    def refuse_zeros(self, name: str, p: Tensor) -> None:
+        """Raise where the host can see that a matrix has no norm that it could keep."""
+        here = local_of(p)
+        # an empty one may be a piece of a DTensor, or stand for a param of DeepSpeed's zero.Init
+        if here is p and p.numel() and p.device.type != "meta" and not p.any():
+            raise ValueError(
+                f"{name} is zero: under this rule a tensor keeps its norm and could never move; put "
+                "it into a group with rule='adamw', or initialize it"
             )
 
     def named_groups(self) -> list[list[tuple[str, Tensor]]]:
@@ -243,12 +260,30 @@ class LambBase(Optimizer):
         return self._per_param(lambda ratios, sums: ratios)
 
     def param_norms(self) -> dict[str, Tensor]:
-        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`."""
-        return self._per_param(lambda ratios, sums: _norms_in(sums[:, X_SQ], ratios))
+        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`.
+
+        NaN too where the param's rule does not look at that norm.
+        """
+        return self._norms_named("x.x")
 
     def update_norms(self) -> dict[str, Tensor]:
-        """{name: ||u|| of the last step}; else as :meth:`trust_ratios`."""
-        return self._per_param(lambda ratios, sums: _norms_in(sums[:, U_SQ], ratios))
+        """{name: ||u|| of the last step}; else as :meth:`param_norms`."""
+        return self._norms_named("u.u")
+
+    def _norms_named(self, late: str) -> dict[str, Tensor]:
+        columns = [
+            rule.late.index(late) if late in rule.late else None
+            for rule, group in zip(map(rules.of, self.param_groups), self.param_groups)
+            for _ in group["params"]
+        ]
+        known = self._per_param(lambda ratios, sums: sums)
+        ratios = self.trust_ratios()
+        return {
+            name: torch.where(ratios[name].isnan(), torch.nan, sums[column].sqrt().float())
+            if column is not None and sums.dim()
+            else torch.full_like(ratios[name], torch.nan)
+            for (name, sums), column in zip(known.items(), columns)
+        }
 
     def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
         if self._last is None:
@@ -323,7 +358,9 @@ class LambBase(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}.items():
+            of_rule = options.rule_named(group.get("rule", "lamb")).options
+            known = {**of_rule, **options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+            for name, value in known.items():
                 group.setdefault(name, value)
         if "_options" not in self.__dict__:  # unpickled
             self._prepare_fields()
@@ -348,6 +385,7 @@ class LambBase(Optimizer):
 
         def keep_tensors(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             saved = foreign.understood(given, self.param_groups)
+            self._refuse_other_states(given)
             self._loading = self._tensors_by_param(saved)
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
             # gets to see none of them but the step, and of that a copy: it would keep the caller's.
@@ -369,10 +407,27 @@ class LambBase(Optimizer):
             handle.remove()
             self.__dict__.pop("_loading", None)
 
+    def _refuse_other_states(self, saved: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` naming a state that is not what this optimizer's rule has."""
+        their_groups = [(i, group) for group in saved["param_groups"] for i in group["params"]]
+        own = [rules.of(group) for group in self.param_groups for _ in group["params"]]
+        for (key, theirs), rule, name in zip(their_groups, own, self._all_names()):
+            # A dict without a rule is another program's: the names of its states decide.
+            made_for = rules.of(theirs) if "rule" in theirs else rule
+            for state in saved["state"].get(key, ()):
+                if state in rules.STATES and (
+                    state not in rule.states or made_for.states != rule.states
+                ):
+                    raise ValueError(
+                        f"the saved {state} of {name} is of rule {theirs.get('rule', 'unknown')!r}:"
+                        f" {made_for.states.get(state)}; here rule {rule.name!r} has "
+                        f"{dict(rule.states)}"
+                    )
+
     def _tensors_by_param(self, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """The large tensors of a state dict, by param, once all of it is known to fit."""
         for group in saved["param_groups"]:
-            options.check_group({**self.defaults, **group})
+            options.check_group(options.completed(group, self.defaults))
         found: dict[Tensor, dict[str, Tensor]] = {}
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
         for key, (name, p) in zip(ids, chain.from_iterable(self.named_groups())):

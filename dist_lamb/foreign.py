@@ -19,20 +19,19 @@ _ARGUMENTS = {
     "use_nvlamb": 'adapt="all" (True) or "decayed" (False)',
     "always_adapt": 'adapt="all" (True) or "decayed" (False)',
     "adam_w_mode": "decoupled=",
-    "decoupled_decay": "decoupled=, whose decay stands inside of the trust ratio",
+    "decoupled_decay": 'rule="lamb_outside" with decay_first=True',
     "max_coeff": "trust_clip=(min_coeff, max_coeff)",
     "min_coeff": "trust_clip=(min_coeff, max_coeff)",
     "set_grad_none": "zero_grad(set_to_none=)",
     "max_norm": "max_grad_norm=",
     "clip_grad_norm": "max_grad_norm=",
     "eps_inside_sqrt": "eps=, which is added outside of the root",
-    "amsgrad": "not supported",
     "caution": "not supported",
     "wd": "weight_decay=",
     "learning_rate": "lr=",
 }
 #: Options under which another program computes something that this package does not.
-_UNSUPPORTED = ("amsgrad", "caution", "decoupled_decay", "corrected_weight_decay")
+_UNSUPPORTED = ("caution", "corrected_weight_decay")
 
 
 def refuse_unknown(owner: str, unknown: Iterable[str], known: Sequence[str]) -> None:
@@ -62,6 +61,8 @@ def translated(group: Mapping[str, Any]) -> dict[str, Any]:
         new["trust_clip"] = (0.0, 1.0) if new["trust_clip"] else None
     if isinstance(new.get("bias_correction"), int):
         new["bias_correction"] = bool(new["bias_correction"])
+    if new.pop("decoupled_decay", False):
+        new.update(rule="lamb_outside", decay_first=True)
     for name in ("always_adapt", "use_nvlamb"):
         if name in new:
             new["adapt"] = "all" if new.pop(name) else "decayed"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import options
+from . import options, rules
 from ._torch_private import phase
 from .base import Closure, LambBase, ParamsT
 from .norms import FlatNorms
@@ -113,13 +113,15 @@ class ShardedLamb(LambBase):
         trust_clip: tuple[float, float] | None = None,
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
+        rule: str = "lamb",
+        amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
-        **unknown: Any,
+        **of_rule: Any,
     ) -> None:
         self._settings = Settings(
             stage=stage, reduce_gradients=reduce_gradients, reduce_dtype=reduce_dtype,
@@ -143,9 +145,9 @@ class ShardedLamb(LambBase):
         super().__init__(
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
-            adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, nonfinite=nonfinite,
-            track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
-            fused=fused, **unknown,
+            adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
+            amsgrad=amsgrad, nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl, foreach=foreach,
+            capturable=capturable, fused=fused, **of_rule,
         )  # fmt: skip
         self._agree()
         self._comm.broadcast_all(self._all_params() + (list(module.buffers()) if module else []))
@@ -222,7 +224,10 @@ class ShardedLamb(LambBase):
             # In the order of use, as far as a backward has shown it; the same on every rank.
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
-            buffers = FlatBuffers.of([*named.values(), *reversed(last)], self._comm, self._settings)
+            ordered = [*named.values(), *reversed(last)]
+            rule_of = {id(p): rules.of(g) for g in self.param_groups for p in g["params"]}
+            own = [rule_of[id(p)] for _, p in ordered]
+            buffers = FlatBuffers.of(ordered, own, self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._settings.reduce_gradients and self._comm.num_ranks > 1:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import options
+from .. import options, rules
 from ..base import SKIPPED, Closure, LambBase
 from ..kernels.segments import GRAD_SQ
 from ..sharding.comm import Comm
 from ..state import TENSOR_STATES
 from .layouts import Original, find_layouts, logical_shape
-from .partition_step import OPTION_NAMES, Arrivals, PartitionStep
+from .partition_step import Arrivals, PartitionStep
 
 _BOTH_CLIP = (
     "gradients are clipped twice: by DeepSpeed's gradient_clipping = {} and by max_grad_norm; "
@@ -76,7 +76,7 @@ class DeepSpeedLamb(LambBase):
         # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
         group["group_index"] = i
         group["param_steps"] = torch.zeros(len(group["params"]))
-        self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+        self._options_of[i] = options.owned(group)
         self._steps_taken = None
         self._steps_of.clear()
 
@@ -137,7 +137,7 @@ class DeepSpeedLamb(LambBase):
                 self._count_skipped(part, live, overflow)
         self._show_steps(groups, parts)
         for i, group in live.items():
-            self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+            self._options_of[i] = options.owned(group)
         return loss
 
     def _count_skipped(
@@ -173,6 +173,7 @@ class DeepSpeedLamb(LambBase):
             self._steps_of[key] = [
                 PartitionStep(
                     self.impl,
+                    {i: rules.of(of) for i, of in self._options_of.items()},
                     self._originals,
                     [layouts[j] for j in chosen],
                     [partitions[j] for j in chosen],
@@ -359,7 +360,7 @@ class DeepSpeedLamb(LambBase):
         groups = []
         for group in self.param_groups:
             lo, hi = self._starts[group["group_index"] : group["group_index"] + 2]
-            kept = {name: group[name] for name in OPTION_NAMES}
+            kept = options.owned(group)
             names = [o.name for o in self._originals[lo:hi]]
             groups.append({**kept, "params": list(range(lo, hi)), "param_names": names})
         return {"state": state, "param_groups": groups}
@@ -380,7 +381,7 @@ class DeepSpeedLamb(LambBase):
                 f"groups of {sizes}"
             )
         for group in groups:
-            options.check_group({**self.defaults, **group})
+            options.check_group({**self.defaults, **options.owned(group)})
         ids = [i for group in groups for i in group["params"]]
         whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
         for o in self._originals:
@@ -398,7 +399,7 @@ class DeepSpeedLamb(LambBase):
         for number, entry in whole.items():
             self._steps_taken[number] = float(entry.get("step", 0.0))
         for group, loaded in zip(self.param_groups, groups):
-            group.update({name: loaded[name] for name in OPTION_NAMES if name in loaded})
+            group.update(options.owned(loaded))
         self._show_steps(self.param_groups, parts)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,32 +1,127 @@
 """A step on tensors: what the backends ``reference``, ``foreach`` and ``compiled`` have in common.
 
-Each of them is a module with three functions on a :class:`Work`::
+Each of them is a module with one function, a pass over all elements of a :class:`Work`::
 
-    grad_sq(work)                    squares of the gradient, float64 [rows]
-    moments(work, c, norm)           new states; squares of x, u and (``norm``) of the gradient,
-                                     float64 [rows, 2 or 3]
-    apply(work, c, step_size)        x <- x - step_size * u, and the half-precision copies
+    sweep(work, what, numbers)       sums by row, float64 [rows, what.columns]; the rest in place
 
-``c`` is a :class:`dist_lamb.rule.Coefficients` of [params] tensors, ``step_size`` is [params]; both
-in ``work.dtype``. ``work.rows.sum`` adds rows up to params.
+``what`` is a :class:`Sweep`, the elementwise equations; ``numbers`` holds the step's coefficients,
+[params] in ``work.dtype``. ``work.rows.sum`` adds rows up to params.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import rule
+from ..rules import EARLY, Rule
+from ..rules.trust import clip_coefficient
 from ..state import flat_row
 from . import backend_for
 from .device import mask_of
-from .groups import GroupTable
-from .segments import COLUMNS, U_SQ, UPDATED, X_SQ, Scalars, Segment
+from .groups import GroupTable, Row
+from .segments import GRAD_SQ, UPDATED, Scalars, Segment
+
+
+class Numbers(NamedTuple):
+    """What a pass multiplies with, by param. None where the host knows it to change nothing."""
+
+    active: Any = None  # bool; False keeps a gradient out that may not even be finite
+    grad_scale: Any = None  # sign * clip / loss scale
+    c: Any = ()  # the rule's coefficients
+    shrink: Any = None
+    steps: Any = ()
+
+    def map(self, f: Callable[[Any], Any]) -> Numbers:
+        """With ``f`` of each number."""
+        return self.like([None if v is None else f(v) for v in self.flat()])
+
+    def flat(self) -> list[Any]:
+        return [self.active, self.grad_scale, self.shrink, *self.c, *self.steps]
+
+    def like(self, flat: Sequence[Any]) -> Numbers:
+        """The same with other numbers, in the order of :meth:`flat`."""
+        end = 3 + len(self.c)
+        c = self.c._make(flat[3:end]) if self.c else ()
+        return Numbers(flat[0], flat[1], c, flat[2], tuple(flat[end:]))
+
+    def to(self, dtype: torch.dtype) -> Numbers:
+        return self.map(lambda t: t if t.dtype == torch.bool else t.to(dtype))
+
+
+class Sweep(NamedTuple):
+    """One pass: ``run(g, x, states, numbers, put)`` gives the new x, or None, and pairs whose
+    products are summed. ``put`` stores new states and gives back what was stored, which is what
+    counts from there on."""
+
+    name: str
+    run: Callable[..., tuple[Any, Sequence[tuple[Any, Any]]]]
+    reads_grad: bool
+    columns: int
+
+
+def _run_squares(g: Any, x: Any, states: Any, n: Numbers, put: Any) -> Any:
+    return None, [(g, g)]
+
+
+#: Squares of the gradient.
+SQUARES = Sweep("squares", _run_squares, True, 1)
+
+
+@functools.cache
+def early_sweep(names: tuple[str, ...]) -> Sweep:
+    """The sums that are wanted before the states are updated, of gradients as they are."""
+
+    def run(g: Any, x: Any, states: Any, n: Numbers, put: Any) -> Any:
+        return None, [(x if a == "x" else g, x if b == "x" else g) for a, _, b in names]
+
+    return Sweep("early", run, True, len(names))
+
+
+@functools.cache
+def rule_sweep(rule: Rule, moments: bool, apply: bool, norm: bool = False) -> Sweep:
+    """New states and their late sums, new params, or both in one pass."""
+
+    def run(g: Any, x: Any, states: Any, n: Numbers, put: Any) -> Any:
+        pairs: list[tuple[Any, Any]] = [(g, g)] if norm else []
+        if moments or rule.reads_grad:
+            if n.active is not None:
+                g = g.where(n.active, 0.0)
+            # g <- g * min(1, max_grad_norm / ||g_all||)
+            if n.grad_scale is not None:
+                g = g * n.grad_scale
+            (g,) = kept((rule.gradient(g, x, n.c),))
+        if moments:
+            states = put(rule.update(g, x, states, n.c))
+        if not apply and not rule.late:
+            return None, pairs
+        u = kept(rule.directions(g, x, states, n.c)) if not apply else None
+        if u is not None:
+            return None, [*rule.sums(g, x, states, u, n.c), *pairs]
+        return moved(x, rule.directions(g, x, states, n.c), n), pairs
+
+    columns = (0 if apply else len(rule.late)) + norm
+    return Sweep(f"{rule.name} {moments}{apply}", run, moments or rule.reads_grad, columns)
+
+
+def kept(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """To be used more than once: see :meth:`dist_lamb.kernels.foreach.TensorList.keep`."""
+    return tuple(a if isinstance(a, Tensor) else a.keep() for a in arrays)
+
+
+def moved(x: Any, u: Sequence[Any], n: Numbers) -> Any:
+    # x <- x - (shrink * x + sum of steps_k * u_k)
+    change = u[0] * n.steps[0]
+    for direction, step in zip(u[1:], n.steps[1:]):
+        change = change + direction * step
+    if n.shrink is not None:
+        change = change + x * n.shrink
+    return x - change
 
 
 class RowMap:
@@ -141,13 +236,18 @@ def _extended_by(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda t: t.as_strided((len(t) + rows, t.shape[1]), t.stride())
 
 
-def square_sum(t: Tensor) -> Tensor:
-    """Sum of squares of each row in float64, [rows, cols] -> [rows].
+def product_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a * b over each row in float64, [rows, cols] -> [rows].
 
-    The squares themselves are float64: rounding them to float32 first would leave norms that
+    The products themselves are float64: rounding them to float32 first would leave norms that
     depend on how the tensor was cut.
     """
-    return t.to(torch.float64, copy=True).square_().sum(dim=-1)
+    return products(a, b).sum(dim=-1)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    wide = a.to(torch.float64, copy=True)
+    return wide.square_() if a is b else wide.mul_(b)
 
 
 class EagerUpdate:
@@ -160,6 +260,7 @@ class EagerUpdate:
         segments: Sequence[Segment],
         counters: Tensor,
         groups: GroupTable,
+        rule: Rule,
         *,
         impl: str,
         tiled: bool,
@@ -167,9 +268,14 @@ class EagerUpdate:
         self.device = counters.device
         self.counters = counters
         self.ratios = torch.full_like(counters, torch.nan)
-        self.sums = torch.zeros(len(counters), COLUMNS, dtype=torch.float64, device=self.device)
+        self.sums = counters.new_zeros(len(counters), groups.columns, dtype=torch.float64)
         self._segments = [s._replace(grad=None) for s in segments]
-        self._groups, self._impl, self._tiled = groups, impl, tiled
+        self._groups, self._rule, self._impl, self._tiled = groups, rule, impl, tiled
+        own = [k for k, other in enumerate(groups.rules) if other is rule]
+        #: which params are of this rule; None: all
+        self._own: Tensor | None = None
+        if len(own) < len(counters):
+            self._own = mask_of(own, len(counters), self.device, keep=[])
         self._present: list[bool] | None = None
         self._masked = False
         self.set_gradients([s.grad for s in segments])
@@ -194,7 +300,10 @@ class EagerUpdate:
             work.blocks = [b._replace(grad=g) for b, g in zip(work.blocks, these, strict=True)]
 
     def set_active(self, active: Tensor) -> None:
-        self._active, self._masked = active, True
+        self._active, self._masked = self._mine(active), True
+
+    def _mine(self, mask: Tensor) -> Tensor:
+        return mask if self._own is None else mask & self._own
 
     def release(self) -> None:
         for work in self._works:
@@ -203,65 +312,127 @@ class EagerUpdate:
     def grad_sq(self, reduction_groups: Sequence[Tensor] | None) -> Tensor:
         count = 1 if reduction_groups is None else len(reduction_groups)
         total = torch.zeros(count + 1, dtype=torch.float64, device=self.device)
-        for work, backend in zip(self._works, self._backends):
-            partials = backend.grad_sq(work)
+        for work, partials in self._swept(SQUARES, Numbers()):
             if reduction_groups is None:
                 total[0] += partials.sum()
             else:
-                each = work.rows.sum(partials)
+                each = work.rows.sum(partials[:, 0])
                 masked = [torch.where(mask, each, 0.0).sum() for mask in reduction_groups]
                 total[:-1] += torch.stack(masked)
         return total
 
-    def moments(self, scalars: Scalars, to_reduce: bool) -> Tensor:
-        h = self._groups.gathered(scalars.options)
+    def early(self) -> Tensor:
+        sums = self.sums.new_zeros(len(self.counters), len(EARLY))
+        if self._rule.early:
+            places = [EARLY.index(name) for name in self._rule.early]
+            for work, partials in self._swept(early_sweep(self._rule.early), Numbers()):
+                sums[:, places] += work.rows.sum(partials)
+        return sums
+
+    def _swept(self, what: Sweep, numbers: Numbers) -> Iterator[tuple[Work, Tensor]]:
+        for work, backend in zip(self._works, self._backends):
+            yield work, backend.sweep(work, what, numbers.to(work.dtype))
+
+    def moments(self, scalars: Scalars, to_reduce: bool, settled: bool) -> Tensor:
+        rule, options = self._rule, scalars.options
+        row = self._groups.gathered(options, rule)
         t = self.counters + 1
         taking_part = self._active
         guard = scalars.overflow is not None
         if scalars.overflow is not None:
             taking_part = taking_part & ~(scalars.overflow.to(self.device) > 0).view(())
-        c = rule.coefficients(h, t.double(), self._gradient_scale(h, scalars), scalars.options.l2)
-        if self._masked or guard:
-            c = rule.only_where(taking_part, c, guard)
+        scale = self._gradient_scale(row, scalars)
+        early = self._early(scalars, scale)
+        c = rule.coefficients(row.h, t.double(), early)
+        if hasattr(c, "l2") and not options.l2:
+            c = c._replace(l2=None)
+        n = Numbers(None, scale, c)
+        if self._masked or guard or self._own is not None:
+            n = only_where(taking_part, n, rule, guard)
         sums = torch.zeros_like(self.sums)
-        sums[:, UPDATED] = self._counts(h, taking_part, scalars.options.lr_zero)
-        for work, backend in zip(self._works, self._backends):
-            each = work.rows.sum(backend.moments(work, c.to(work.dtype), scalars.track_grad_norm))
-            sums[:, : each.shape[1]] += each
-        self._pending = (h, c, t, taking_part, scalars.options.lr_zero)
+        sums[:, UPDATED] = self._counts(row.h, taking_part, options.lr_zero)
+        once = settled and not rule.late and not options.lr_zero
+        if once:
+            ratio, moves = self._moves(row, t, early, (), taking_part)
+            n = n._replace(shrink=moves.shrink, steps=moves.steps)
+        else:
+            ratio = None
+        norm = scalars.track_grad_norm
+        what = rule_sweep(rule, moments=True, apply=once, norm=norm)
+        for work, partials in self._swept(what, n):
+            if what.columns:
+                each = work.rows.sum(partials)
+                late = what.columns - norm
+                sums[:, :late] += each[:, :late]
+                if norm:
+                    sums[:, GRAD_SQ] += each[:, -1]
+        self._pending = (row, n, t, early, taking_part, options.lr_zero, once, ratio)
         return sums
 
     def apply(self, sums: Tensor) -> None:
-        h, c, t, taking_part, lr_zero = self._pending
+        rule = self._rule
+        row, n, t, early, taking_part, lr_zero, once, ratio = self._pending
         self.sums = sums
-        updated = sums[:, UPDATED] > 0
-        rho = rule.trust_ratio(sums[:, X_SQ], sums[:, U_SQ], h)
+        updated = self._mine(sums[:, UPDATED] > 0)
+        if not once:
+            late = sums[:, : len(rule.late)].unbind(1)
+            ratio, moves = self._moves(row, t, early, late, updated)
         self.counters.copy_(torch.where(updated, t, self.counters))
         # Rounded as the params are, so that the order of the ranks leaves no trace here either.
-        self.ratios = torch.where(updated, rho, torch.nan).float()
+        self.ratios = torch.where(updated, ratio, torch.nan).float()
+        if once:
+            return
         if lr_zero:
             self._erase(taking_part & ~updated)
-            c = rule.only_where(updated, c, guard=False)
-        step_size = torch.where(updated, h.lr * rho, 0.0)
-        for work, backend in zip(self._works, self._backends):
-            backend.apply(work, c.to(work.dtype), step_size.to(work.dtype))
+            n = only_where(updated, n, rule, guard=n.active is not None)
+        n = n._replace(shrink=moves.shrink, steps=moves.steps)
+        for _ in self._swept(rule_sweep(rule, moments=False, apply=True), n):
+            pass
 
-    def _gradient_scale(self, h: rule.Hyperparameters, scalars: Scalars) -> Tensor | None:
+    def _moves(
+        self, row: Row, t: Tensor, early: Any, late: Any, where: Tensor
+    ) -> tuple[Any, Numbers]:
+        """The trust ratio; and how far x goes, 0 where it does not take part."""
+        ratio, shrink, *steps = self._rule.scales(
+            row.h, t.double(), early, late, self._groups.numels
+        )
+        zero = torch.zeros_like(row.sign)  # type: ignore[call-overload]
+        moves = [torch.where(where, v, zero) for v in (shrink, *steps)]
+        return ratio, Numbers(
+            shrink=moves[0] if self._rule.shrinks else None, steps=tuple(moves[1:])
+        )
+
+    def _early(self, scalars: Scalars, scale: Tensor | None) -> tuple[Tensor, ...]:
+        """The rule's early sums, as of scaled gradients."""
+        if not self._rule.early:
+            return ()
+        assert scalars.early is not None
+        columns = scalars.early.to(self.device).unbind(1)
+        found = []
+        for name in self._rule.early:
+            value = columns[EARLY.index(name)]
+            for _ in range(0 if scale is None else name.count("g")):
+                value = value * scale
+            found.append(value)
+        return tuple(found)
+
+    def _gradient_scale(self, row: Row, scalars: Scalars) -> Tensor | None:
         """What a gradient is multiplied with, float64 [params]; None where it is 1."""
+        sign: Any = row.sign
+        limit: Any = row.max_grad_norm
         inverse = scalars.inverse_scale(self.device)
-        scale = h.sign if scalars.options.maximize else None
+        scale: Tensor | None = sign if scalars.options.maximize else None
         if inverse is not None:
-            scale = h.sign * inverse
+            scale = sign * inverse
         if scalars.options.clip:
             assert scalars.grad_sq is not None
             grad_sq = scalars.grad_sq.to(self.device)
             if inverse is not None:
                 grad_sq = grad_sq * inverse * inverse
-            clip = rule.clip_coefficient(grad_sq, h.max_grad_norm)
-            scale = (h.sign if scale is None else scale) * clip
+            scale = (sign if scale is None else scale) * clip_coefficient(grad_sq, limit)
         return scale
 
-    def _counts(self, h: rule.Hyperparameters, taking_part: Tensor, lr_zero: bool) -> Tensor:
+    def _counts(self, h: Any, taking_part: Tensor, lr_zero: bool) -> Tensor:
         """Which params' steps count: those that take part, float64 [params].
 
         torch.distributed.checkpoint makes optimizers create their state by a step with lr = 0 and
@@ -287,3 +458,14 @@ class EagerUpdate:
                 keep = ~which[index][:, None]
                 for state in b.states:
                     state.mul_(keep)
+
+
+def only_where(active: Tensor, n: Numbers, rule: Rule, guard: bool) -> Numbers:
+    """Numbers under which a parameter that is not ``active`` keeps its states bit for bit.
+
+    ``guard`` replaces the gradient of an inactive parameter by zeros: needed where it may be
+    anything (an overflow under loss scaling), since 0 * inf is NaN.
+    """
+    scale = None if n.grad_scale is None else torch.where(active, n.grad_scale, 1.0)
+    c = [None if v is None else torch.where(active, v, idle) for v, idle in zip(n.c, rule.idle)]
+    return Numbers(active if guard else None, scale, n.c._make(c), n.shrink, n.steps)
