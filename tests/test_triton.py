@@ -16,7 +16,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from dist_lamb import Lamb, ShardedLamb, kernels
+from dist_lamb import Lamb, ShardedLamb, kernels, rules
 
 pytest.importorskip("triton")
 
@@ -182,8 +182,8 @@ def test_auto_on_a_gpu() -> None:
 # --- for GPUs that are not here ------------------------------------------------------------------
 
 
-def _compiled_for(arch: int, kind: int) -> dict[str, str]:
-    """PTX of the two large kernels, for gradients and copies of one kind."""
+def _compiled_for(arch: int, kind: int, rule_name: str = "lamb") -> dict[str, str]:
+    """PTX of a rule's kernels, for gradients and copies of one kind."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -194,13 +194,19 @@ def _compiled_for(arch: int, kind: int) -> dict[str, str]:
     types = {
         "chunks": "*i32", "num_chunks": "i32", "segments": "*i64", "num_segments": "i32",
         "groups": "*fp64", "counters": "*fp32", "active": "*i1", "partials": "*fp64",
-        "steps": "*fp32",
+        "steps": "*fp32", "numels": "*fp64", "param_table": "*i32", "totals": "*fp64",
+        "ratios": "*fp32",
     }  # fmt: skip
     found = {}
-    for kernel in (triton_kernels.moments_pass, triton_kernels.apply):
+    rule = rules.RULES[rule_name]
+    if rule.early:
+        types["early"] = "*fp64"
+    for kernel in vars(triton_kernels.of(rule)).values():
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK}
+        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK, "COPY_KIND": kind}
+        given |= {"ONCE": not rule.late, "COLUMNS": rule.columns, "LR_ZERO": False}
+        given |= {"SUM": True, "FINISH": True}
         constants |= {n: value for n, value in given.items() if n in names}
         source = ASTSource(
             fn=kernel,
@@ -225,3 +231,18 @@ def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
             assert ptx["apply"].count("ld.global.v4.b32") == 3
             assert ptx["apply"].count("st.global.v4.b32") == 1
             assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart
+
+
+@pytest.mark.parametrize("name", [name for name in rules.RULES if name != "lamb"])
+def test_every_rule_compiles_to_16_byte_accesses(name: str) -> None:
+    states = len(rules.RULES[name].states)
+    with mp.get_context("spawn").Pool(1) as pool:
+        ptx = pool.apply(_compiled_for, (90, 0, name))
+    once = not rules.RULES[name].late
+    assert ptx["moments_pass"].count("ld.global.v4.b32") == 2 + states
+    assert ptx["moments_pass"].count("st.global.v4.b32") == states + once
+    assert "fma.rn.f32" not in ptx["moments_pass"]
+    if not once:
+        reads = 1 + states + rules.RULES[name].reads_grad
+        assert ptx["apply"].count("ld.global.v4.b32") == reads
+        assert ptx["apply"].count("st.global.v4.b32") == 1

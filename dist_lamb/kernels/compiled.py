@@ -150,9 +150,7 @@ def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
         g = grad if what.reads_grad else None
         return _call(run, g, s.x, s.copy, table, index, *s.states)  # type: ignore[no-any-return]
 
-    out = torch.zeros(
-        len(work.rows.index), what.columns, dtype=torch.float64, device=work.device
-    )
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     if work.tiled:
         sums = [tiles(s, s.grad, index) for s, index in zip(work.blocks, work.rows.indices)]
         return torch.cat([t for t in sums if t is not None]) if what.columns and sums else out

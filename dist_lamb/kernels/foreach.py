@@ -184,9 +184,7 @@ def _into(batch: _Batch) -> Callable[[Sequence[TensorList]], list[TensorList]]:
 
 
 def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
-    out = torch.zeros(
-        len(work.rows.index), what.columns, dtype=torch.float64, device=work.device
-    )
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     columns = _Columns(work, *numbers.flat())
     for batch in _batches(work, what.reads_grad):
         n = numbers.like(list(columns.at(batch)))

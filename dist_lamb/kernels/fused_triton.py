@@ -222,8 +222,10 @@ class TritonUpdate:
             )  # fmt: skip
             # After the launch, behind which the host can hide it.
             alone = len(self._own) == len(self.counters)
-            self.ratios = self.ratios.new_empty(len(self.counters)) if alone else (
-                torch.full_like(self.ratios, torch.nan)
+            self.ratios = (
+                self.ratios.new_empty(len(self.counters))
+                if alone
+                else (torch.full_like(self.ratios, torch.nan))
             )
             if to_reduce:
                 self._norms(self.sums, add_up=True, finish=False)

@@ -30,9 +30,7 @@ def _into(states: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Ten
 
 
 def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
-    out = torch.zeros(
-        len(work.rows.index), what.columns, dtype=torch.float64, device=work.device
-    )
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     for rows, s, k in _runs(work):
         g = s.x if s.grad is None or not what.reads_grad else s.grad.to(s.x.dtype)
         of_param = numbers.map(itemgetter(k))

@@ -70,7 +70,8 @@ def on_device(f: Any) -> Any:
     called = ((name, f.__globals__.get(name)) for name in f.__code__.co_names)
     names = {name: on_device(g) for name, g in called if isinstance(g, FunctionType)}
     # adam.direction and the like
-    return bound(f, tl=tl, **names)  # the interpreter looks for tl
+    # The interpreter looks for tl, the compiler into annotations.
+    return bound(f, tl=tl, Array=tl.constexpr(None), **names)
 
 
 @functools.cache

@@ -165,8 +165,7 @@ class FlatBuffers:
             kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
             grads = self._zeros(count * TILE, kept).view(-1, TILE)
             states = {
-                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE)
-                for name in names
+                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE) for name in names
             }
             banks[dtype, names] = _Bank(grads, states)
         return banks
@@ -352,7 +351,9 @@ class FlatBuffers:
         """This rank's part of each state of param i, 1-D in memory order: views, maybe empty."""
         extent, dtype = self._extent_of.get(i), self.params[i].dtype
         if extent is None:
-            return {name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype, self.rules[i])}
+            return {
+                name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype, self.rules[i])
+            }
         states = self.shards[extent.bucket].states
         return {name: _flat(states[name], extent) for name in states_of(dtype, self.rules[i])}
 
