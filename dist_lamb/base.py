@@ -163,8 +163,8 @@ class LambBase(Optimizer):
         # an empty one may be a piece of a DTensor, or stand for a param of DeepSpeed's zero.Init
         if here is p and p.numel() and p.device.type != "meta" and not p.any():
             raise ValueError(
-                f"{name} is zero: under this rule a tensor keeps its norm and could never move; put "
-                "it into a group with rule='adamw', or initialize it"
+                f"{name} is zero: under this rule a tensor keeps its norm and could never move; "
+                "put it into a group with rule='adamw', or initialize it"
             )
 
     def named_groups(self) -> list[list[tuple[str, Tensor]]]:

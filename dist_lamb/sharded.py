@@ -146,8 +146,8 @@ class ShardedLamb(LambBase):
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
-            amsgrad=amsgrad, nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl, foreach=foreach,
-            capturable=capturable, fused=fused, **of_rule,
+            amsgrad=amsgrad, nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
+            foreach=foreach, capturable=capturable, fused=fused, **of_rule,
         )  # fmt: skip
         self._agree()
         self._comm.broadcast_all(self._all_params() + (list(module.buffers()) if module else []))

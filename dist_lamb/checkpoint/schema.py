@@ -213,8 +213,9 @@ def check_groups(
         made_for = rules.of(theirs) if "rule" in theirs else rule
         if made_for.states != rule.states:
             raise CheckpointError(
-                f"{path}: parameter group {i} was saved under rule {theirs['rule']!r}, whose states "
-                f"are {dict(made_for.states)}; here rule {rule.name!r} has {dict(rule.states)}"
+                f"{path}: parameter group {i} was saved under rule {theirs['rule']!r}, "
+                f"whose states are {dict(made_for.states)}; here rule {rule.name!r} has "
+                f"{dict(rule.states)}"
             )
         for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED):
             if which == "same" and not _equal(theirs[option], ours[option]):

@@ -64,7 +64,7 @@ class Update(Protocol):
         ...
 
     def early(self) -> Tensor:
-        """x.x, x.g, g.g of the gradients as they are, float64 [params, 3]; 0 where not asked for."""
+        """x.x, x.g, g.g of the gradients as they are, float64 [params, 3]; 0 where not wanted."""
         ...
 
     def moments(self, scalars: Scalars, to_reduce: bool, settled: bool) -> Tensor:

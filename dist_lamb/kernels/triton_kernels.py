@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -43,28 +42,6 @@ from .triton_math import (
 from .triton_rules import bound, names_of, on_device
 
 clip_coefficient = on_device(_clip_coefficient)
-# A rule's, put in their places by `of`.
-coefficients: Any
-gradient: Any
-update: Any
-directions: Any
-sums: Any
-scales: Any
-Hyperparameters: Any
-Coefficients: Any
-NUM_STATES: Any
-NUM_H: Any
-NUM_C: Any
-NUM_LATE: Any
-NUM_DIRECTIONS: Any
-SHRINKS: Any
-READS_GRAD: Any
-EARLY_XX: Any
-EARLY_XG: Any
-EARLY_GG: Any
-numbers_of: Any
-sweep: Any
-
 # Nothing about the arguments, none of which is data, compiles a kernel a second time.
 _jit = functools.partial(
     triton.jit,
@@ -257,6 +234,7 @@ def erase(
             store(state, offset + i * BLOCK, zero, mask, tl.float32, False, BLOCK)
 
 
+# The names that are defined nowhere here are a rule's: `of` brings them.
 # --- a rule's step, bound by `of` -----------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ class Rule:
 
     The functions may use ``+ - *``, comparisons and the names in :mod:`dist_lamb.rules.ops`, which
     every backend brings: tensors, lists of tensors, torch.compile and Triton run this same source.
-    They know no rank, no group and no memory; ``numel`` is the whole tensor's. An intermediate result stands at most once on the
-    left of an operator (lists of tensors write over it there).
+    They know no rank, no group and no memory; ``numel`` is the whole tensor's. An intermediate
+    result stands at most once on the left of an operator (lists of tensors write over it there).
 
     ``idle`` are coefficients under which a zero gradient leaves the states as they are, bit for
     bit, and gives finite directions. States begin as zeros.

@@ -60,7 +60,7 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Params flattened together, of one dtype and with the same states: the unit of communication."""
+    """Params of one dtype and one set of states, flattened together: the unit of communication."""
 
     dtype: str
     params: tuple[int, ...]
