@@ -50,6 +50,9 @@ class Lamb(LambBase):
         trust_clip: ``(lo, hi)`` clamp of the trust ratio; LAMBC is (0, 1).
         phi: ``(lo, hi)`` clamp of ||x|| in the trust ratio.
         maximize: ascend instead of descend.
+        rule: ``"lamb"``, or another one of :mod:`dist_lamb.rules`, whose own options are then
+            keyword arguments (and entries of groups) too: ``rule="lars", momentum=0.9``.
+        amsgrad: divide by the largest second moment so far.
         nonfinite: what a step does when a gradient is infinite or NaN. ``"propagate"``: it goes
             into the params, as in torch.optim. ``"skip"``: the step changes nothing, on any rank,
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one

@@ -36,6 +36,18 @@ def test_golden(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["lans_apex", "adagrad_torch_l2", "adamh_levanter", "lars_optax"])
+def test_other_rules(interpreted: Callable[..., Any], name: str) -> None:
+    assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("name", golden.FAMILY)
+def test_every_rule(interpreted: Callable[..., Any], name: str, cls: Any) -> None:
+    assert interpreted(_golden_error, name, cls) <= golden.TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["apex_default", "apex_l2_noavg", "optax_v5_masked_clip"])
 def test_golden_sharded(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, ShardedLamb) <= golden.TOLERANCE
