@@ -195,6 +195,10 @@ class LambBase(Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def rule_of(self) -> dict[Tensor, rules.Rule]:
+        """The rule of each param."""
+        return {p: rules.of(group) for group in self.param_groups for p in group["params"]}
+
     def _all_names(self) -> list[str]:
         return [name for group in self.named_groups() for name, _ in group]
 
@@ -385,7 +389,7 @@ class LambBase(Optimizer):
 
         def keep_tensors(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             saved = foreign.understood(given, self.param_groups)
-            self._refuse_other_states(given)
+            foreign.refuse_other_states(given, self.param_groups, self._all_names())
             self._loading = self._tensors_by_param(saved)
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
             # gets to see none of them but the step, and of that a copy: it would keep the caller's.
@@ -406,23 +410,6 @@ class LambBase(Optimizer):
         finally:
             handle.remove()
             self.__dict__.pop("_loading", None)
-
-    def _refuse_other_states(self, saved: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` naming a state that is not what this optimizer's rule has."""
-        their_groups = [(i, group) for group in saved["param_groups"] for i in group["params"]]
-        own = [rules.of(group) for group in self.param_groups for _ in group["params"]]
-        for (key, theirs), rule, name in zip(their_groups, own, self._all_names()):
-            # A dict without a rule is another program's: the names of its states decide.
-            made_for = rules.of(theirs) if "rule" in theirs else rule
-            for state in saved["state"].get(key, ()):
-                if state in rules.STATES and (
-                    state not in rule.states or made_for.states != rule.states
-                ):
-                    raise ValueError(
-                        f"the saved {state} of {name} is of rule {theirs.get('rule', 'unknown')!r}:"
-                        f" {made_for.states.get(state)}; here rule {rule.name!r} has "
-                        f"{dict(rule.states)}"
-                    )
 
     def _tensors_by_param(self, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """The large tensors of a state dict, by param, once all of it is known to fit."""

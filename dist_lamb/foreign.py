@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import options
+from . import options, rules
 
 #: Constructor arguments of other programs, and what to write instead.
 _ARGUMENTS = {
@@ -87,3 +87,25 @@ def understood(
                     state[key] = {**state[key], "step": step}
         groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def refuse_other_states(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Raise ``ValueError`` naming a saved state that is not what the rule here has.
+
+    A dict without a rule is another program's: the names of its states decide.
+    """
+    theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
+    own = [rules.of(group) for group in groups for _ in group["params"]]
+    for (key, group), rule, name in zip(theirs, own, names):
+        made_for = rules.of(group) if "rule" in group else rule
+        for state in saved["state"].get(key, ()):
+            if state in rules.STATES and (
+                state not in rule.states or made_for.states != rule.states
+            ):
+                raise ValueError(
+                    f"the saved {state} of {name} is of rule {group.get('rule', 'unknown')!r} "
+                    f"(amsgrad={group.get('amsgrad', False)}, {made_for.states.get(state)}); here "
+                    f"rule {rule.name!r} has {dict(rule.states)}"
+                )

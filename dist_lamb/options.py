@@ -127,7 +127,7 @@ def neutral(name: str) -> Any:
 
 def reads(rule: rules.Rule, name: str) -> bool:
     """Whether ``rule`` reads the option."""
-    has_amsgrad = rule.amsgrad is not None or len(rule.states) > len(rules.RULES[rule.name].states)
+    has_amsgrad = rules.RULES[rule.name].amsgrad is not None
     return name in _COMMON or name in rule.options or (name == "amsgrad" and has_amsgrad)
 
 

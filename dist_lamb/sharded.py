@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import options, rules
+from . import options
 from ._torch_private import phase
 from .base import Closure, LambBase, ParamsT
 from .norms import FlatNorms
@@ -114,7 +114,6 @@ class ShardedLamb(LambBase):
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
         rule: str = "lamb",
-        amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
@@ -130,10 +129,10 @@ class ShardedLamb(LambBase):
         )  # fmt: skip
         module = params if isinstance(params, nn.Module) else getattr(params, "module", None)
         if overlap_gather and module is None:
-            why = (
+            raise ValueError(
                 "overlap_gather=True needs the module, whose forward it overlaps: give the module "
+                "or param_groups(module) as params"
             )
-            raise ValueError(why + "or param_groups(module) as params")
         self.stage, self.accumulate = stage, accumulate
         self._comm = Comm.of(process_group, mesh)
         self._kept: ShardedState | None = None
@@ -146,7 +145,7 @@ class ShardedLamb(LambBase):
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
-            amsgrad=amsgrad, nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
+            nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
             foreach=foreach, capturable=capturable, fused=fused, **of_rule,
         )  # fmt: skip
         self._agree()
@@ -225,9 +224,7 @@ class ShardedLamb(LambBase):
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
             ordered = [*named.values(), *reversed(last)]
-            rule_of = {id(p): rules.of(g) for g in self.param_groups for p in g["params"]}
-            own = [rule_of[id(p)] for _, p in ordered]
-            buffers = FlatBuffers.of(ordered, own, self._comm, self._settings)
+            buffers = FlatBuffers.of(ordered, self.rule_of(), self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._settings.reduce_gradients and self._comm.num_ranks > 1:
@@ -304,8 +301,7 @@ class ShardedLamb(LambBase):
         """
         loss = self._reevaluated(closure)
         self._begin()
-        grads_left = self._validate()
-        kept = self._current()
+        grads_left, kept = self._validate(), self._current()
         self._consolidated = None
         # 1. gradients -> this rank's shard of their mean
         with phase("1 reduce gradients"):

@@ -224,7 +224,6 @@ def test_a_module(impl: str) -> None:
         ({"max_coeff": 10.0}, "trust_clip"),
         ({"min_coeff": 0.01}, "trust_clip"),
         ({"set_grad_none": True}, r"zero_grad\(.*set_to_none"),
-        ({"amsgrad": True}, "support|there is no amsgrad"),
     ],
 )
 def test_unknown_options(cls: Any, given: dict[str, Any], told: str) -> None:

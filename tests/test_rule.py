@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_lamb import Lamb
 from dist_lamb.kernels import compiled, foreach
-from dist_lamb.kernels.eager import Numbers, only_where
+from dist_lamb.kernels.sweeps import Numbers, only_where
 from dist_lamb.rules import RULES, adam, trust
 
 IMPLS = (

@@ -178,7 +178,7 @@ def test_bad_options(options: Any, error: Any, told: str) -> None:
 
 def test_a_zero_matrix_has_no_norm_to_keep() -> None:
     zero = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="w is zero.*rule='adamw'"):
+    with pytest.raises(ValueError, match=r"w is zero.*rule='adamw'"):
         Lamb([("w", zero)], rule="adamh")
     optimizer = Lamb([("w", nn.Parameter(torch.ones(3, 3)))], rule="adamh")
     with pytest.raises(ValueError, match="w is zero"):

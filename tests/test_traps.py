@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dist_lamb import Lamb
 from dist_lamb.kernels import compiled, foreach, reference
-from dist_lamb.kernels.eager import SQUARES, Numbers, RowMap, Work, rule_sweep
+from dist_lamb.kernels.eager import RowMap, Work
 from dist_lamb.kernels.segments import Segment
+from dist_lamb.kernels.sweeps import SQUARES, Numbers, rule_sweep
 from dist_lamb.rules import RULES
 
 IMPLS = ("reference", "foreach")

@@ -251,7 +251,9 @@ def test_every_rule_compiles_to_16_byte_accesses(name: str) -> None:
     with mp.get_context("spawn").Pool(1) as pool:
         ptx = pool.apply(_compiled_for, (90, 0, name))
     once = not rules.RULES[name].late
-    assert ptx["moments_pass"].count("ld.global.v4.b32") == 2 + states
+    # stable_adamw's sum has no x in it
+    reads_x = name != "stable_adamw"
+    assert ptx["moments_pass"].count("ld.global.v4.b32") == 1 + reads_x + states
     assert ptx["moments_pass"].count("st.global.v4.b32") == states + once
     assert "fma.rn.f32" not in ptx["moments_pass"]
     if not once:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import foreach
-from .eager import Numbers, Sweep, Work, product_sum
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum
 
 #: Separate tensors smaller than this go through ``foreach``: calling a compiled function costs
 #: more than it saves on them.

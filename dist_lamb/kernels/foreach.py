@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import Numbers, Sweep, Work, product_sum, products
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum, products
 
 #: Elements worked on at a time. Bounds the temporaries, and on a CPU keeps them in its cache.
 BATCH_NUMEL = {"cpu": 2**18}

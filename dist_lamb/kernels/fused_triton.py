@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..rules import EARLY, Rule
-from . import triton_kernels as kernels
+from . import triton_kernels, triton_sums
 from ._triton_private import launches_on
 from .device import capturing, int64, mask_of, upload
 from .groups import GroupTable
@@ -69,7 +69,7 @@ class TritonUpdate:
         segments = [segments[i] for i in self._order]
         self.ratios = torch.full_like(counters, torch.nan)
         self._groups, self._rule, self._keep = groups, rule, keep
-        self._kernels = kernels.of(rule)
+        self._kernels = triton_kernels.of(rule)
         #: the params of the rule: the others' counters and sums are not touched
         self._own = [k for k, other in enumerate(groups.rules) if other is rule]
         self._params = [s.param for s in segments]
@@ -177,7 +177,7 @@ class TritonUpdate:
         with self._on_device():
             for k, mask in enumerate(masks):
                 self._launch(
-                    kernels.grad_sq, (self._grad_dtype, mask is None),
+                    triton_sums.grad_sq, (self._grad_dtype, mask is None),
                     max(1, min(self._num_chunks, at_most)), *self._tables(), self._active, mask,
                     self._arrivals, self._grad_partials, self._total[k:], self._grad_dtype,
                     triton.next_power_of_2(at_most), BLOCK,
@@ -190,12 +190,12 @@ class TritonUpdate:
             with_x = self._rule.early != ("g.g",)
             with self._on_device():
                 self._launch(
-                    kernels.early_pass, (self._grad_dtype, with_x), self._num_chunks,
+                    triton_sums.early_pass, (self._grad_dtype, with_x), self._num_chunks,
                     *self._tables(), self._active, self._partials, with_x, self._grad_dtype, BLOCK,
                 )  # fmt: skip
                 self._launch(
-                    kernels.early_sums, None, len(self._own), self._param_table, self._num_chunks,
-                    self._partials, early, BLOCK,
+                    triton_sums.early_sums, None, len(self._own), self._param_table,
+                    self._num_chunks, self._partials, early, BLOCK,
                 )  # fmt: skip
         return early
 
@@ -209,7 +209,7 @@ class TritonUpdate:
             if lr_zero:
                 at = (len(self._rule.late) + 1) * self._num_chunks
                 self._launch(
-                    kernels.history, (self._grad_dtype, self._num_states), self._num_chunks,
+                    triton_sums.history, (self._grad_dtype, self._num_states), self._num_chunks,
                     *self._tables(), self._active, self._partials[at:], self._num_states,
                     self._grad_dtype, BLOCK,
                 )  # fmt: skip
@@ -238,8 +238,8 @@ class TritonUpdate:
             chunks, count, table, segments = self._tables()
             if self._scalars.options.lr_zero:
                 self._launch(
-                    kernels.erase, self._num_states, count, chunks, table, segments, self._steps,
-                    self._num_states, BLOCK,
+                    triton_sums.erase, self._num_states, count, chunks, table, segments,
+                    self._steps, self._num_states, BLOCK,
                 )  # fmt: skip
             if not self._once:
                 grad = self._grad_dtype if self._rule.reads_grad else 0

@@ -8,8 +8,9 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from .eager import Numbers, Sweep, Work, product_sum
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum
 
 
 def _runs(work: Work) -> Iterator[tuple[slice, Segment, int]]:

@@ -135,16 +135,20 @@ class FlatBuffers:
 
     @staticmethod
     def of(
-        named: Sequence[tuple[str, Tensor]], rules: Sequence[Rule], comm: Comm, settings: Settings
+        named: Sequence[tuple[str, Tensor]],
+        rule_of: Mapping[Tensor, Rule],
+        comm: Comm,
+        settings: Settings,
     ) -> FlatBuffers:
         """Buffers of these params, bucketed from the last to the first."""
+        params = [p for _, p in named]
+        rules = [rule_of[p] for p in params]
         specs = [
             replace(spec_of(name, p), states=tuple(rule.states))
             for (name, p), rule in zip(named, rules)
         ]
         layout = Layout.plan(specs, comm.world_size, settings.bucket_numel)
         summed = settings.accumulate == "sharded"
-        params = [p for _, p in named]
         return FlatBuffers(layout, params, comm, settings.reduce_dtype, summed, rules)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
