@@ -33,7 +33,7 @@ def sqrt(a):
 
 @triton.jit
 def maximum(a, b):
-    return tl.where(a < b, b, a)
+    return tl.where((a < b) | (b != b), b, a)  # a NaN stays
 
 
 @triton.jit
