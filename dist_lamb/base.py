@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import foreign, options, step
+from . import foreign, options, rules, step
 from .deepspeed_marks import GivenParams
 from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
-from .kernels.segments import GRAD_SQ, U_SQ, X_SQ, Scalars
+from .kernels.segments import GRAD_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
@@ -58,11 +58,6 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
     return scalar if scalar.numel() == 1 and scalar.is_floating_point() else scalar.sum().double()
 
 
-def _norms_in(squares: Tensor, ratios: Tensor) -> Tensor:
-    """float32 [params]; NaN where a param took no part."""
-    return torch.where(ratios.isnan(), torch.nan, squares.sqrt().float())
-
-
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, one step, and what it reports."""
 
@@ -82,29 +77,39 @@ class LambBase(Optimizer):
         trust_clip: tuple[float, float] | None = None,
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
+        rule: str = "lamb",
+        amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
-        **unknown: Any,
+        **of_rule: Any,
     ) -> None:
         defaults = {
             name: value
             for name, value in locals().items()
             if name in options.RULE_DEFAULTS or name in options.TORCH_FLAGS
         }
-        foreign.refuse_unknown(type(self).__name__, unknown, [*defaults, "impl", "track_grad_norm"])
+        known = options.rule_named(rule).options
+        foreign.refuse_unknown(
+            type(self).__name__,
+            of_rule.keys() - known.keys(),
+            [*defaults, *known, "impl", "track_grad_norm"],
+        )
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm
-        options.check_group(defaults)
+        # What is as the signature has it was not asked for, so that no rule need have it.
+        plain = {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+        given = {n: v for n, v in defaults.items() if n != "lr" and v != plain[n]}
+        options.check_group(options.completed({**given, **of_rule}, {**defaults, **of_rule}))
         # GradScaler then hands over the loss scale and the overflow flag as tensors instead of
         # deciding on the host, rank by rank, whether step() is called at all.
         self._step_supports_amp_scaling = True
         self._prepare_fields()
         named = params.named_parameters() if isinstance(params, nn.Module) else params
-        super().__init__(named, defaults)
+        super().__init__(named, {**defaults, **of_rule})
 
     def _prepare_fields(self) -> None:
         """Everything that is neither group nor state, as in a new optimizer."""
@@ -122,13 +127,19 @@ class LambBase(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
-            options.check_group({**self.defaults, **param_group})
+            param_group = {**param_group, **options.completed(param_group, self.defaults)}
+            options.check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name in set(rules.OPTIONS) - set(options.RULE_DEFAULTS):
+            if not options.reads(rules.of(group), name):
+                group.pop(name, None)  # another rule's, from the optimizer's defaults
         self._remember_names(group)
         try:
             for name, p in self.named_groups()[-1]:
                 self._check_param(name, p)
+                if rules.of(group).refuses_zeros:
+                    self.refuse_zeros(name, p)
             named = chain.from_iterable(self.named_groups())
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
@@ -151,6 +162,16 @@ class LambBase(Optimizer):
         if not p.is_floating_point() or p.element_size() < 2:
             raise TypeError(
                 f"{type(self).__name__} optimizes real floating-point tensors; {name} is {p.dtype}"
+            )
+
+    def refuse_zeros(self, name: str, p: Tensor) -> None:
+        """Raise where the host can see that a matrix has no norm that it could keep."""
+        here = local_of(p)
+        # an empty one may be a piece of a DTensor, or stand for a param of DeepSpeed's zero.Init
+        if here is p and p.numel() and p.device.type != "meta" and not p.any():
+            raise ValueError(
+                f"{name} is zero: under this rule a tensor keeps its norm and could never move; "
+                "put it into a group with rule='adamw', or initialize it"
             )
 
     def named_groups(self) -> list[list[tuple[str, Tensor]]]:
@@ -180,6 +201,10 @@ class LambBase(Optimizer):
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def rule_of(self) -> dict[Tensor, rules.Rule]:
+        """The rule of each param."""
+        return {p: rules.of(group) for group in self.param_groups for p in group["params"]}
 
     def _all_names(self) -> list[str]:
         return [name for group in self.named_groups() for name, _ in group]
@@ -246,12 +271,30 @@ class LambBase(Optimizer):
         return self._per_param(lambda ratios, sums: ratios)
 
     def param_norms(self) -> dict[str, Tensor]:
-        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`."""
-        return self._per_param(lambda ratios, sums: _norms_in(sums[:, X_SQ], ratios))
+        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`.
+
+        NaN too where the param's rule does not look at that norm.
+        """
+        return self._norms_named("x.x")
 
     def update_norms(self) -> dict[str, Tensor]:
-        """{name: ||u|| of the last step}; else as :meth:`trust_ratios`."""
-        return self._per_param(lambda ratios, sums: _norms_in(sums[:, U_SQ], ratios))
+        """{name: ||u|| of the last step}; else as :meth:`param_norms`."""
+        return self._norms_named("u.u")
+
+    def _norms_named(self, late: str) -> dict[str, Tensor]:
+        known, ratios = self._per_param(lambda ratios, sums: sums), self.trust_ratios()
+        found = {}
+        for (name, sums), rule in zip(known.items(), self._rule_of_each()):
+            norm = torch.full_like(ratios[name], torch.nan)
+            if late in rule.late and sums.dim():
+                square = sums[rule.late.index(late)]
+                norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
+            found[name] = norm
+        return found
+
+    def _rule_of_each(self) -> list[rules.Rule]:
+        """In the order in which params are reported."""
+        return list(self.rule_of().values())
 
     def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
         if self._last is None:
@@ -326,7 +369,9 @@ class LambBase(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}.items():
+            of_rule = options.rule_named(group.get("rule", "lamb")).options
+            known = {**of_rule, **options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+            for name, value in known.items():
                 group.setdefault(name, value)
         if "_options" not in self.__dict__:  # unpickled
             self._prepare_fields()
@@ -351,6 +396,7 @@ class LambBase(Optimizer):
 
         def keep_tensors(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             saved = foreign.understood(given, self.param_groups)
+            foreign.refuse_other_states(given, self.param_groups, self._all_names())
             self._loading = self._tensors_by_param(saved)
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
             # gets to see none of them but the step, and of that a copy: it would keep the caller's.
@@ -375,7 +421,7 @@ class LambBase(Optimizer):
     def _tensors_by_param(self, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """The large tensors of a state dict, by param, once all of it is known to fit."""
         for group in saved["param_groups"]:
-            options.check_group({**self.defaults, **group})
+            options.check_group(options.completed(group, self.defaults))
         found: dict[Tensor, dict[str, Tensor]] = {}
         ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
         for key, (name, p) in zip(ids, chain.from_iterable(self.named_groups())):

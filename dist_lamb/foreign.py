@@ -12,27 +12,26 @@ from typing import Any
 
 from torch import Tensor
 
-from . import options
+from . import options, rules
 
 #: Constructor arguments of other programs, and what to write instead.
 _ARGUMENTS = {
     "use_nvlamb": 'adapt="all" (True) or "decayed" (False)',
     "always_adapt": 'adapt="all" (True) or "decayed" (False)',
     "adam_w_mode": "decoupled=",
-    "decoupled_decay": "decoupled=, whose decay stands inside of the trust ratio",
+    "decoupled_decay": 'rule="lamb_outside" with decay_first=True',
     "max_coeff": "trust_clip=(min_coeff, max_coeff)",
     "min_coeff": "trust_clip=(min_coeff, max_coeff)",
     "set_grad_none": "zero_grad(set_to_none=)",
     "max_norm": "max_grad_norm=",
     "clip_grad_norm": "max_grad_norm=",
     "eps_inside_sqrt": "eps=, which is added outside of the root",
-    "amsgrad": "not supported",
     "caution": "not supported",
     "wd": "weight_decay=",
     "learning_rate": "lr=",
 }
 #: Options under which another program computes something that this package does not.
-_UNSUPPORTED = ("amsgrad", "caution", "decoupled_decay", "corrected_weight_decay")
+_UNSUPPORTED = ("caution", "corrected_weight_decay")
 
 
 def refuse_unknown(owner: str, unknown: Iterable[str], known: Sequence[str]) -> None:
@@ -62,6 +61,8 @@ def translated(group: Mapping[str, Any]) -> dict[str, Any]:
         new["trust_clip"] = (0.0, 1.0) if new["trust_clip"] else None
     if isinstance(new.get("bias_correction"), int):
         new["bias_correction"] = bool(new["bias_correction"])
+    if new.pop("decoupled_decay", False):
+        new.update(rule="lamb_outside", decay_first=True)
     for name in ("always_adapt", "use_nvlamb"):
         if name in new:
             new["adapt"] = "all" if new.pop(name) else "decayed"
@@ -86,3 +87,25 @@ def understood(
                     state[key] = {**state[key], "step": step}
         groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def refuse_other_states(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Raise ``ValueError`` naming a saved state that is not what the rule here has.
+
+    A dict without a rule is another program's: the names of its states decide.
+    """
+    theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
+    own = [rules.of(group) for group in groups for _ in group["params"]]
+    for (key, group), rule, name in zip(theirs, own, names):
+        made_for = rules.of(group) if "rule" in group else rule
+        for state in saved["state"].get(key, ()):
+            if state in rules.STATES and (
+                state not in rule.states or made_for.states != rule.states
+            ):
+                raise ValueError(
+                    f"the saved {state} of {name} is of rule {group.get('rule', 'unknown')!r} "
+                    f"(amsgrad={group.get('amsgrad', False)}, {made_for.states.get(state)}); here "
+                    f"rule {rule.name!r} has {dict(rule.states)}"
+                )

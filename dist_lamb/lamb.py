@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .base import Closure, LambBase, count_here
 from .fingerprint import Fingerprint
 from .kernels import Update, make_update
 from .kernels.device import capturing
-from .kernels.groups import GroupTable, group_of_each
+from .kernels.groups import GroupTable
 from .kernels.segments import Segment
 from .norms import DTensorNorms, Norms
+from .rules import Rule
 from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
 from .state import (
     MASTER,
-    MOMENTS,
     TENSOR_STATES,
     as_laid_out,
     complete_state,
+    foreign_state,
     is_dense,
     refresh_master,
 )
@@ -47,6 +50,9 @@ class Lamb(LambBase):
         trust_clip: ``(lo, hi)`` clamp of the trust ratio; LAMBC is (0, 1).
         phi: ``(lo, hi)`` clamp of ||x|| in the trust ratio.
         maximize: ascend instead of descend.
+        rule: ``"lamb"``, or another one of :mod:`dist_lamb.rules`, whose own options are then
+            keyword arguments (and entries of groups) too: ``rule="lars", momentum=0.9``.
+        amsgrad: divide by the largest second moment so far.
         nonfinite: what a step does when a gradient is infinite or NaN. ``"propagate"``: it goes
             into the params, as in torch.optim. ``"skip"``: the step changes nothing, on any rank,
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
@@ -95,6 +101,8 @@ class Lamb(LambBase):
         self._known: list[Tensor] = []
         self._counters: dict[torch.device, Tensor] = {}
         self._norms: Norms | None = None
+        #: the rule that a param's state was made under
+        self._made_for: MutableMapping[Tensor, Rule] = WeakTensorKeyDictionary()
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -106,7 +114,9 @@ class Lamb(LambBase):
         self._begin()
         kept = self._kept
         gaps: list[tuple[Tensor, Tensor]] = []
-        grads = kept.gradients_if_valid(self.param_groups, self.state) if kept else None
+        grads = None
+        if kept and kept.rules == self._options.rules:
+            grads = kept.gradients_if_valid(self.param_groups, self.state)
         if kept is None or grads is None:
             # Until it is made anew nothing that was kept may be used, whatever raises here.
             self._kept = None
@@ -158,13 +168,18 @@ class Lamb(LambBase):
             # Counters and norms belong to params, not to positions.
             self._known, self._counters, self._norms = params, {}, DTensorNorms(params)
         assert self._norms is not None
+        rules = [
+            rule
+            for rule, group in zip(self._options.rules, self.param_groups)
+            for _ in group["params"]
+        ]
         # Params that were stepped before stay: gradients may come and go.
         chosen = {i for i, _ in stepped} | {
             i
             for i, p in enumerate(params)
-            if MOMENTS[0] in self.state.get(p, ()) and is_dense(local_of(p))
+            if next(iter(rules[i].states)) in self.state.get(p, ()) and is_dense(local_of(p))
         }
-        segments = [self._segment(i, params[i]) for i in sorted(chosen)]
+        segments = [self._segment(i, params[i], rules[i]) for i in sorted(chosen)]
         by_device: dict[torch.device, list[int]] = {}
         for k, s in enumerate(segments):
             by_device.setdefault(s.x.device, []).append(k)
@@ -172,7 +187,7 @@ class Lamb(LambBase):
             make_update(
                 [segments[k] for k in positions],
                 self._counters[device],
-                GroupTable(device, group_of_each(self.param_groups), self._captured),
+                GroupTable.of_groups(device, self.param_groups, self._captured),
                 impl=self.impl,
                 keep=self._captured,
             )
@@ -180,7 +195,9 @@ class Lamb(LambBase):
         ]
         own = [params[s.param] for s in segments]
         fingerprint = Fingerprint(self.param_groups, self.state, own, [s.grad for s in segments])
-        kept = _Kept(fingerprint, updates, list(by_device.values()), self._norms)
+        kept = _Kept(
+            fingerprint, updates, list(by_device.values()), self._norms, self._options.rules
+        )
         dense = [(local_of(p), s.x if s.copy is None else s.copy) for p, s in zip(own, segments)]
         gaps = [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
         in_place = all(
@@ -193,17 +210,26 @@ class Lamb(LambBase):
             self._kept = kept
         return kept, gaps
 
-    def _segment(self, i: int, p: Tensor) -> Segment:
+    def _segment(self, i: int, p: Tensor, rule: Rule) -> Segment:
         """What the step of a param touches, its state completed and laid out as the param is."""
         whole = x = local_of(p).detach()
         if not is_dense(x):
             x = x.contiguous()
         state = self.state[p]
-        if MOMENTS[0] not in state and capturing(p.device):
+        other, made_for = foreign_state(state, rule), self._made_for.get(p, rule)
+        if other or (made_for.states != rule.states and next(iter(rule.states)) in state):
             raise RuntimeError(
-                "take a step before capturing step() in a CUDA graph: state that is made inside "
-                "of it would be made anew at every replay"
+                f"Lamb cannot step {self._all_names()[i]}: its state {other or list(state)} is of "
+                f"another rule than {rule.name!r}; to begin anew, drop it: del opt.state[p]"
             )
+        if next(iter(rule.states)) not in state:
+            if capturing(p.device):
+                raise RuntimeError(
+                    "take a step before capturing step() in a CUDA graph: state that is made "
+                    "inside of it would be made anew at every replay"
+                )
+            if rule.refuses_zeros:
+                self.refuse_zeros(self._all_names()[i], p)
         if x.device not in self._counters:
             self._counters[x.device] = torch.zeros(len(self._known), device=x.device)
         count_here(self._counters[x.device], i, state)
@@ -218,19 +244,20 @@ class Lamb(LambBase):
                 raise RuntimeError(
                     f"Lamb cannot step {self._all_names()[i]}: its state {name} {problem}"
                 )
+        self._made_for[p] = rule
         local = dict(found)
-        complete_state(x, x, local)
+        complete_state(x, x, local, rule)
         for name in found.keys() - local.keys():
             del state[name]
         for name, t in local.items():
             if t is not found.get(name):
                 state[name] = wrapped(t, p)
         grad = None if p.grad is None else as_laid_out(local_of(placed_as(p.grad, p)), x)
-        moments, master = tuple(local[name] for name in MOMENTS), local.get(MASTER)
+        states, master = tuple(local[name] for name in rule.states), local.get(MASTER)
         if master is None:
-            return Segment(i, grad, x, moments, None)
+            return Segment(i, grad, x, states, None)
         refresh_master(master, whole)
-        return Segment(i, grad, master, moments, x)
+        return Segment(i, grad, master, states, x)
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
@@ -257,6 +284,7 @@ class _Kept(NamedTuple):
     updates: list[Update]
     positions: list[list[int]]  # of each update's segments in the order of the fingerprint
     norms: Norms
+    rules: list[Rule]  # by group
 
     def gradients_if_valid(self, groups: Any, state: Any) -> list[Any] | None:
         return self.fingerprint.gradients() if self.fingerprint.matches(groups, state) else None

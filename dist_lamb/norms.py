@@ -7,7 +7,7 @@ order of the ranks leaves no trace in the bits of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,8 @@ class Norms(Protocol):
 
     #: Whether there is nothing to add.
     local: bool
+    #: Whether it is known before ``per_param`` which params step.
+    settled: bool
 
     def reduction_groups(self, device: torch.device) -> Sequence[Tensor] | None:
         """bool [params] each, on ``device``: params whose sums are added up over the same ranks.
@@ -34,16 +36,27 @@ class Norms(Protocol):
         """float64 [params, columns] of this rank -> of all ranks."""
         ...
 
-    def over_all(self, sums: Tensor) -> Tensor:
+    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """float64 [reduction groups + 1], the last one a flag, of this rank -> [2] of all ranks:
-        sum and flag."""
+        sum and flag. ``early``, [params, columns], is added up by the same collectives."""
         ...
+
+
+def add_up(
+    collective: Callable[[Tensor], Tensor], some: Tensor, other: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Two tensors over ranks, by one collective."""
+    if other is None:
+        return collective(some), None
+    both = collective(torch.cat([some.reshape(-1), other.reshape(-1)]))
+    return both[: some.numel()].view_as(some), both[some.numel() :].view_as(other)
 
 
 class LocalNorms:
     """Every tensor is whole on this device: nothing to add."""
 
     local = True
+    settled = True
 
     def reduction_groups(self, device: torch.device) -> None:
         return None
@@ -51,12 +64,14 @@ class LocalNorms:
     def per_param(self, sums: Tensor) -> Tensor:
         return sums
 
-    def over_all(self, sums: Tensor) -> Tensor:
-        return sums
+    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return sums, early
 
 
 class FlatNorms:
     """Tensors are cut over the ranks of ``comm``, each element owned by one rank."""
+
+    settled = True
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -68,8 +83,8 @@ class FlatNorms:
     def per_param(self, sums: Tensor) -> Tensor:
         return self._comm.all_reduce_sum(sums)
 
-    def over_all(self, sums: Tensor) -> Tensor:
-        return self._comm.all_reduce_sum(sums)
+    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return add_up(self._comm.all_reduce_sum, sums, early)
 
 
 class DTensorNorms:
@@ -79,6 +94,8 @@ class DTensorNorms:
     have the same sums already. All params cut along an axis travel together. The axes take turns
     in the order in which ``params``, the same on all ranks, lead to them.
     """
+
+    settled = True
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._axes: list[_AxisSum] = []
@@ -111,13 +128,15 @@ class DTensorNorms:
 
     def per_param(self, sums: Tensor) -> Tensor:
         for axis in self._axes:
-            sums = axis.add_up(sums, axis.params)
+            sums, _ = axis.add_up(sums, axis.params)
         return sums
 
-    def over_all(self, sums: Tensor) -> Tensor:
+    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for axis in self._axes:
-            sums = axis.add_up(sums, axis.groups)
-        return sums if len(sums) == 2 else torch.stack([sums[:-1].sum(), sums[-1]])
+            sums, early = axis.add_up(sums, axis.groups, early)
+        if len(sums) > 2:
+            sums = torch.stack([sums[:-1].sum(), sums[-1]])
+        return sums, early
 
 
 class _Rows:
@@ -146,14 +165,25 @@ class _AxisSum:
         self.group, self._device_type = axis.group, axis.device_type
         self._comm = Comm.along(axis.group)
 
-    def add_up(self, sums: Tensor, rows: _Rows) -> Tensor:
-        """The chosen rows of ``sums`` added up over the ranks, the others as they are."""
+    def add_up(
+        self, sums: Tensor, rows: _Rows, early: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The chosen rows of ``sums`` added up over the ranks, the others as they are; by the same
+        collective the rows of ``early`` of params that are cut along the axis."""
         index = rows.on(sums.device)
-        total = self._sum(sums if index is None else sums[index])
-        if index is None:
-            return total
-        sums[index] = total
-        return sums
+        of_params = None if early is None else self.params.on(early.device)
+        total, early_total = add_up(
+            self._sum,
+            sums if index is None else sums[index],
+            early if early is None or of_params is None else early[of_params],
+        )
+        if index is not None:
+            sums[index] = total
+            total = sums
+        if early is not None and early_total is not None and of_params is not None:
+            early[of_params] = early_total
+            early_total = early
+        return total, early_total
 
     def _sum(self, mine: Tensor) -> Tensor:
         home = mine.device

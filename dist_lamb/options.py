@@ -1,4 +1,4 @@
-"""The options of LAMB: their names, defaults, checks and presets.
+"""The options: their names, defaults, checks and presets. Each rule says which of them it reads.
 
 Every option lives in a torch parameter group, so it may differ between groups, is saved in
 ``state_dict()`` and can be changed between steps.
@@ -13,12 +13,16 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from . import rules
+
 Impl: TypeAlias = Literal["auto", "reference", "foreach", "compiled", "triton"]
 Adapt: TypeAlias = Literal["all", "decayed"]
 Nonfinite: TypeAlias = Literal["propagate", "skip"]
 
-#: Options that belong to the rule, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``).
+#: Options that every group has, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``). A rule
+#: may have more: :attr:`dist_lamb.rules.Rule.options`.
 RULE_DEFAULTS: Final[dict[str, Any]] = {
+    "rule": "lamb",
     "lr": 1e-3,
     "betas": (0.9, 0.999),
     "eps": 1e-6,
@@ -32,7 +36,14 @@ RULE_DEFAULTS: Final[dict[str, Any]] = {
     "phi": None,
     "maximize": False,
     "nonfinite": "propagate",
+    "amsgrad": False,
 }
+#: Those that every rule reads.
+_COMMON: Final = frozenset(("rule", "lr", "max_grad_norm", "maximize", "nonfinite"))
+_BOOLS: Final = (
+    "grad_averaging", "bias_correction", "decoupled", "maximize", "amsgrad", "nesterov", "larc",
+    "decay_first",
+)  # fmt: skip
 
 #: torch.optim's implementation flags; they select ``impl`` and are kept in the groups because
 #: trainers read them there.
@@ -51,13 +62,29 @@ _PRESETS: Final[dict[str, dict[str, Any]]] = {
     "timm": {"max_grad_norm": 1.0, "adapt": "decayed"},
     # LAMBC: the trust ratio never above 1.
     "lambc": {"trust_clip": (0.0, 1.0)},
+    # NVIDIA's largest MLPerf BERT run (v4.0, 3472 GPUs); biases and norm weights undecayed.
+    "mlperf": {
+        "max_grad_norm": 1.0,
+        "adapt": "decayed",
+        "lr": 3.6e-3,
+        "betas": (0.75, 0.9),
+        "weight_decay": 0.0166629,
+    },
+    # The authors' program (NVIDIA/apex PR 1362).
+    "lans": {"rule": "lans"},
+    # timm's Lars, and optax's.
+    "lars": {"rule": "lars", "adapt": "decayed", "eps": 1e-8, "weight_decay": 0.0},
+    "lars_optax": {"rule": "lars_optax", "eps": 0.0, "weight_decay": 0.0},
+    # levanter's, for the weights of linear layers; all else goes into groups with rule="adamw".
+    "adamh": {"rule": "adamh", "betas": (0.9, 0.95), "eps": 1e-8},
 }
 
 
 def preset(name: str) -> dict[str, Any]:
     """Options under which ``Lamb(params, **preset(name))`` computes what ``name`` names.
 
-    ``"v5"`` (the default), ``"v3"``, ``"nvlamb"``, ``"apex"``, ``"timm"``, ``"lambc"``.
+    ``"v5"`` (the default), ``"v3"``, ``"nvlamb"``, ``"apex"``, ``"timm"``, ``"lambc"``,
+    ``"mlperf"``; other rules: ``"lans"``, ``"lars"``, ``"lars_optax"``, ``"adamh"``.
     NVIDIA's BERT recipes are ``preset("apex")`` with biases and normalisation weights in a
     ``weight_decay=0`` group, which :func:`dist_lamb.param_groups` makes.
     """
@@ -93,13 +120,48 @@ def _check_range(name: str, value: object) -> None:
         )
 
 
+def neutral(name: str) -> Any:
+    """What a shared option is in groups whose rule does not read it."""
+    return 0.0 if name == "weight_decay" else RULE_DEFAULTS[name]
+
+
+def reads(rule: rules.Rule, name: str) -> bool:
+    """Whether ``rule`` reads the option."""
+    has_amsgrad = rules.RULES[rule.name].amsgrad is not None
+    return name in _COMMON or name in rule.options or (name == "amsgrad" and has_amsgrad)
+
+
+def rule_named(name: object) -> rules.Rule:
+    if not isinstance(name, str) or name not in rules.RULES:
+        raise ValueError(f"Unknown rule: {name!r}; known: {', '.join(rules.RULES)}")
+    return rules.RULES[name]
+
+
+def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a new group: its own, then the optimizer's, as far as its rule reads them.
+
+    Raises ``ValueError`` naming an option of the group that its rule does not have.
+    """
+    rule = rule_named(group.get("rule", defaults["rule"]))
+    for name in (*rules.OPTIONS, "amsgrad"):
+        if name in group and not reads(rule, name):
+            unused = name in RULE_DEFAULTS and group[name] == neutral(name)
+            if not unused:
+                raise ValueError(f"rule {rule.name!r} has no option {name}")
+    own: dict[str, Any] = {}
+    for name, value in {**rule.options, **RULE_DEFAULTS}.items():
+        own[name] = defaults.get(name, value) if reads(rule, name) else neutral(name)
+    return {**own, **group, "rule": rule.name}
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` naming the first option of a parameter group that is not valid.
 
     The texts start as torch.optim's do (``Invalid learning rate: ...``).
     """
-    for name in RULE_DEFAULTS:
-        if name not in group:
+    rule = rule_named(group.get("rule", "lamb"))
+    for name in (*RULE_DEFAULTS, *rule.options):
+        if name not in group and name not in ("rule", "amsgrad"):  # they say what there is
             raise ValueError(
                 f"A param group lacks the option {name}; add_param_group() fills it in"
             )
@@ -121,8 +183,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in ("eps", "weight_decay"):
         if not _is_number(group[name]) or not 0.0 <= group[name] < math.inf:
             raise ValueError(f"Invalid {name} value: {group[name]!r}")
-    for name in ("grad_averaging", "bias_correction", "decoupled", "maximize"):
-        if not isinstance(group[name], bool):
+    for name in _BOOLS:
+        if not isinstance(group.get(name, False), bool):
             raise ValueError(f"Invalid {name} value: {group[name]!r}; True or False expected")
     limit = group["max_grad_norm"]
     # 0 means off: clipping to norm 0, as apex and timm do, would erase every gradient.
@@ -140,19 +202,23 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in ("trust_clip", "phi"):
         if group[name] is not None:
             _check_range(name, group[name])
+    for name in RULE_DEFAULTS:
+        if not reads(rule, name) and group.get(name, neutral(name)) != neutral(name):
+            raise ValueError(f"rule {rule.name!r} has no option {name}, got {group[name]!r}")
+    for name, value in rule.options.items():
+        if isinstance(value, float) and not (_is_number(group[name]) and group[name] >= 0.0):
+            raise ValueError(f"Invalid {name} value: {group[name]!r}")
+    problem = rule.problem(group)
+    if problem:
+        raise ValueError(problem)
 
 
 def owned(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options among a parameter group's entries."""
-    return {name: group[name] for name in (*RULE_DEFAULTS, *TORCH_FLAGS) if name in group}
+    names = (*RULE_DEFAULTS, *rules.OPTIONS, *TORCH_FLAGS)
+    return {name: group[name] for name in dict.fromkeys(names) if name in group}
 
 
 def clips(group: Mapping[str, Any]) -> bool:
     """Whether this group's gradients are clipped by the global norm."""
     return bool(group["max_grad_norm"])
-
-
-def adapts(group: Mapping[str, Any]) -> bool:
-    """Whether this group's tensors get a trust ratio other than 1."""
-    adapt = group["adapt"]
-    return group["weight_decay"] != 0 if adapt == "decayed" else bool(adapt)

@@ -124,13 +124,14 @@ class ShardedLamb(ShardedBase):
         trust_clip: tuple[float, float] | None = None,
         phi: tuple[float, float] | None = None,
         maximize: bool = False,
+        rule: str = "lamb",
         nonfinite: options.Nonfinite = "propagate",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
-        **unknown: Any,
+        **of_rule: Any,
     ) -> None:
         self._settings = Settings(
             stage=stage, reduce_gradients=reduce_gradients, reduce_dtype=reduce_dtype,
@@ -139,10 +140,10 @@ class ShardedLamb(ShardedBase):
         )  # fmt: skip
         module = params if isinstance(params, nn.Module) else getattr(params, "module", None)
         if overlap_gather and module is None:
-            why = (
+            raise ValueError(
                 "overlap_gather=True needs the module, whose forward it overlaps: give the module "
+                "or param_groups(module) as params"
             )
-            raise ValueError(why + "or param_groups(module) as params")
         self.stage, self.accumulate = stage, accumulate
         self._members, self._scaling = Members(process_group, mesh), LossScaling()
         self._module = None if module is None else weakref.ref(module)
@@ -154,9 +155,9 @@ class ShardedLamb(ShardedBase):
         super().__init__(
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
-            adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, nonfinite=nonfinite,
-            track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
-            fused=fused, **unknown,
+            adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
+            nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
+            foreach=foreach, capturable=capturable, fused=fused, **of_rule,
         )  # fmt: skip
         older = self._older()
         for other in older:

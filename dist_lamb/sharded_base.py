@@ -131,7 +131,8 @@ class ShardedBase(LambBase):
             # In the order of use, as far as a backward has shown it; the same on every rank.
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
-            buffers = FlatBuffers.of([*named.values(), *reversed(last)], self._comm, self._settings)
+            ordered = [*named.values(), *reversed(last)]
+            buffers = FlatBuffers.of(ordered, self.rule_of(), self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._reduces:

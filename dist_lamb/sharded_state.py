@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import rules
 from .base import SKIPPED, count_here
 from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.device import mask_of
-from .kernels.groups import GroupTable, group_of_each
+from .kernels.groups import GroupTable
 from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
 from .state import MASTER, TENSOR_STATES
 
@@ -78,7 +79,8 @@ class ShardedState:
         Raises ``RuntimeError`` naming a param that was put into or taken out of the groups, or
         state of another size.
         """
-        if not self._fingerprint.matches(groups, state):
+        known = self._rules == list(map(rules.of, groups))
+        if not known or not self._fingerprint.matches(groups, state):
             self.buffers.adopt_params()
             self.arrange(groups, state, adopt=True)
             self.buffers.refresh_masters()
@@ -113,7 +115,14 @@ class ShardedState:
                 self._adopt(j, entry, own)
             count_here(self.counters, self.indices[j], entry)
             entry.update(own)
-        table = GroupTable(buffers.device, group_of_each(groups), self._keep)
+        table = GroupTable.of_groups(buffers.device, groups, self._keep)
+        self._rules = list(map(rules.of, groups))
+        for j, rule in enumerate(buffers.rules):
+            if table.rules[self.indices[j]] is not rule:
+                raise RuntimeError(
+                    f"{buffers.layout.params[j].name} has come under another rule than "
+                    f"{rule.name!r}, which its buffers were made for: make a new ShardedLamb"
+                )
         segments = buffers.segments(self.indices)
         self.update = make_update(
             segments, self.counters, table, impl=self._impl, tiled=True, keep=self._keep

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-#: The rule's states, in the order in which its functions take them.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from . import rules
+from .rules import Rule
+
 #: The float32 value of a half-precision param: what the rule reads and writes in its place.
 MASTER = "master"
-#: All state that is as large as the param.
-TENSOR_STATES = (*MOMENTS, MASTER)
+#: All state that is as large as the param, under any rule.
+TENSOR_STATES = (*rules.STATES, MASTER)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,9 +28,17 @@ def needs_master(dtype: torch.dtype) -> bool:
     return dtype != state_dtype(dtype)
 
 
-def states_of(dtype: torch.dtype) -> tuple[str, ...]:
-    """Names of the states of a param of ``dtype`` that are as large as the param."""
-    return TENSOR_STATES if needs_master(dtype) else MOMENTS
+def states_of(dtype: torch.dtype, rule: Rule) -> tuple[str, ...]:
+    """Names of the states of a param of ``dtype`` that are as large as the param.
+
+    The rule's come first, in the order in which its functions take them.
+    """
+    return (*rule.states, MASTER) if needs_master(dtype) else tuple(rule.states)
+
+
+def foreign_state(state: Iterable[str], rule: Rule) -> str | None:
+    """A state among the names that ``rule`` does not have, though another one does."""
+    return next((n for n in state if n in rules.STATES and n not in rule.states), None)
 
 
 def is_dense(t: Tensor) -> bool:
@@ -67,13 +78,13 @@ def state_like(p: Tensor, value: Tensor | None = None) -> Tensor:
     return out if value is None else out.copy_(value)
 
 
-def complete_state(p: Tensor, dense: Tensor, state: dict[str, Tensor]) -> None:
-    """Create what is missing of ``p``'s moments and master, and lay all out as ``dense`` is.
+def complete_state(p: Tensor, dense: Tensor, state: dict[str, Tensor], rule: Rule) -> None:
+    """Create what is missing of ``p``'s states and master, and lay all out as ``dense`` is.
 
     ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps. A master is removed where
     ``p`` has full precision by now: it would be older than ``p``.
     """
-    for name in MOMENTS:
+    for name in rule.states:
         if name not in state:
             state[name] = state_like(dense)
     if not needs_master(p.dtype):

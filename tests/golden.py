@@ -1,4 +1,4 @@
-"""The golden trajectories (tests/golden/*.npz): recorded from optax, apex and timm."""
+"""The golden trajectories (tests/golden/*.npz): recorded from other programs, of every rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "golden"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+ALL = sorted(path.stem for path in FOLDER.glob("*.npz"))
 
 #: What the recorded program's arguments are called here.
 _KWARGS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -27,6 +27,36 @@ _KWARGS: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+#: What the recorded program's rule is called here, and options that it implies.
+_RULES: dict[str, dict[str, Any]] = {
+    "adagrad_optax": {"rule": "adagrad"},
+    "adagrad_torch": {"rule": "adagrad"},
+    "adamh": {"rule": "adamw"},  # but for the params that it names
+    "adamw": {"rule": "adamw"},
+    "lamb_adagrad": {"rule": "lamb_adagrad"},
+    "lamb_outside_optax": {"rule": "lamb_outside"},
+    "lamb_outside_timm": {"rule": "lamb_outside", "decay_first": True, "adapt": "decayed"},
+    "lans": {"rule": "lans"},
+    "lars_optax": {"rule": "lars_optax"},
+    "lars_timm": {"rule": "lars", "adapt": "decayed"},
+    "stableadamw": {"rule": "stable_adamw"},
+}
+_KWARGS |= {
+    name: lambda v, name=name: {name: v}  # type: ignore[misc]
+    for name in (
+        "initial_accumulator_value",
+        "lr_decay",
+        "momentum",
+        "nesterov",
+        "trust_coefficient",
+    )
+}
+_KWARGS["trust_coeff"] = lambda v: {"trust_coefficient": v}
+_KWARGS["decoupled_decay"] = lambda v: {}
+#: Arguments that are not options of a group, or that gradients hold already.
+_ELSEWHERE = ("adamh", "adam_lr", "not_adapted", "lr_schedule", "gradient_factor_by_step", "triton")
+
+
 @dataclass(frozen=True)
 class Trajectory:
     init: dict[str, Tensor]
@@ -35,6 +65,9 @@ class Trajectory:
     options: dict[str, Any]
     weight_decay: float
     no_decay: list[str]
+    #: options of single params, and the lr of each step where it changes
+    special: dict[str, dict[str, Any]]
+    lrs: list[float] | None
 
     @staticmethod
     def load(name: str) -> Trajectory:
@@ -43,10 +76,22 @@ class Trajectory:
             arrays = {key: torch.from_numpy(data[key].copy()) for key in data.files if "/" in key}
         init = {k.removeprefix("init/"): v for k, v in arrays.items() if k.startswith("init/")}
         steps = sum(k.startswith("grad/") for k in arrays) // len(init)
-        options = {"lr": meta["lr"], "betas": tuple(meta["betas"]), "eps": meta["eps"]}
+        options = {"lr": meta["lr"], "eps": meta["eps"]}
+        if meta["betas"] is not None:
+            options["betas"] = tuple(meta["betas"])
         options["max_grad_norm"] = meta.get("max_grad_norm")
-        for key, value in meta.get("kwargs", {}).items():
-            options.update(_KWARGS[key](value))
+        options.update(_RULES[meta["rule"]] if "rule" in meta else {})
+        kwargs = meta.get("kwargs", {})
+        for key, value in kwargs.items():
+            options.update({} if key in _ELSEWHERE else _KWARGS[key](value))
+        if options.get("rule") == "lars" and "trust_clip" in options:
+            options["larc"] = options.pop("trust_clip") is not None
+        special: dict[str, dict[str, Any]] = {
+            n: {"adapt": False} for n in kwargs.get("not_adapted", ())
+        }
+        for n in kwargs.get("adamh", ()):
+            special[n] = {"rule": "adamh", "lr": meta["lr"], "weight_decay": 0.0}
+        options["lr"] = kwargs.get("adam_lr", options["lr"])
         return Trajectory(
             init=init,
             grads=[{n: arrays[f"grad/{t}/{n}"] for n in init} for t in range(steps)],
@@ -54,13 +99,20 @@ class Trajectory:
             options=options,
             weight_decay=meta["weight_decay"],
             no_decay=meta["no_decay"],
+            special=special,
+            lrs=kwargs.get("lr_schedule"),
         )
 
     def groups(self, params: dict[str, Tensor]) -> list[dict[str, Any]]:
-        decayed = [(n, p) for n, p in params.items() if n not in self.no_decay]
-        plain = [(n, p) for n, p in params.items() if n in self.no_decay]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}]
-        return groups + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
+        groups: list[dict[str, Any]] = []
+        for n, p in params.items():
+            wd = 0.0 if n in self.no_decay else self.weight_decay
+            own = {"weight_decay": wd, **self.special.get(n, {})}
+            same = [g for g in groups if {**g, "params": None} == {**own, "params": None}]
+            if not same:
+                groups.append({**own, "params": []})
+            (same or groups)[-1]["params"].append((n, p))
+        return groups
 
     def fresh_params(self, device: str = "cpu") -> dict[str, Tensor]:
         return {n: torch.nn.Parameter(t.to(device, copy=True)) for n, t in self.init.items()}
@@ -84,7 +136,9 @@ class Trajectory:
         params = self.fresh_params(device)
         optimizer = make(self.groups(params))
         worst = 0.0
-        for grads, expected in zip(self.grads, self.params):
+        for t, (grads, expected) in enumerate(zip(self.grads, self.params)):
+            for group in optimizer.param_groups if self.lrs else ():
+                group["lr"] = self.lrs[t]  # type: ignore[index]
             for n, p in params.items():
                 p.grad = grads[n].to(device, copy=True)
             optimizer.step()
@@ -98,3 +152,7 @@ class Trajectory:
 
 #: The bound of every execution path against a golden file.
 TOLERANCE = 2e-5
+
+#: Files of LAMB as in the paper, and those of FAMILY: other rules.
+FAMILY = [name for name in ALL if Trajectory.load(name).options.get("rule", "lamb") != "lamb"]
+NAMES = [name for name in ALL if name not in FAMILY]

@@ -74,7 +74,7 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
         "`fused` and `foreach` cannot be `True` together",
     ),
     ({"momentum": 0.9}, TypeError, "has no option momentum"),
-    ({"amsgrad": True, "wd": 0.1}, TypeError, "has no option amsgrad, wd"),
+    ({"caution": True, "wd": 0.1}, TypeError, "has no option caution, wd"),
 ]
 
 

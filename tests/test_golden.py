@@ -29,13 +29,31 @@ def test_lamb(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error <= golden.TOLERANCE
 
 
+@pytest.mark.parametrize("name", golden.FAMILY)
+def test_other_rules(name: str) -> None:
+    trajectory = golden.Trajectory.load(name)
+    for impl in ("reference", "foreach"):
+        error = trajectory.worst_error(
+            lambda groups, impl=impl: Lamb(groups, impl=impl, **trajectory.options)
+        )
+        assert error <= golden.TOLERANCE, impl
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("compile")
+@pytest.mark.parametrize("name", golden.FAMILY)
+def test_other_rules_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_lamb(name, "compiled", monkeypatch)
+
+
 def _replay(rank: int, group: Any) -> dict[str, Any]:
     """Worst error of each file, impl and stage, and a digest of the final params."""
     found = {}
-    for name in golden.NAMES:
+    for name in golden.ALL:
         trajectory = golden.Trajectory.load(name).with_spare_bits(2)
-        for impl in IMPLS:
-            for stage in (1, 2):
+        of_lamb = name in golden.NAMES
+        for impl in IMPLS if of_lamb else ("foreach",):
+            for stage in (1, 2) if of_lamb else (2,):
                 params: dict[str, Any] = {}
 
                 def make(
@@ -60,7 +78,7 @@ def test_sharded_at_every_world_size(tmp_path: Path) -> None:
     """Within the bound at W = 1, 2, 3, 4, and with the same final bits at all of them."""
     ranks = run_ranks(4, tmp_path, each_world, _replay)
     expected = ranks[0][1]
-    assert len(expected) == len(golden.NAMES) * len(IMPLS) * 2
+    assert len(expected) == len(golden.NAMES) * len(IMPLS) * 2 + len(golden.FAMILY)
     for rank, worlds in enumerate(ranks):
         assert sorted(worlds) == [w for w in WORLDS if rank < w]
         for world, run in worlds.items():

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from numpy_lamb import DEFAULTS, NumpyLamb, relative_error, to_numpy
 from torch import Tensor, nn
 
-from dist_lamb import Lamb, rule
+from dist_lamb import Lamb
 from dist_lamb.kernels import compiled, foreach
+from dist_lamb.kernels.sweeps import Numbers, only_where
+from dist_lamb.rules import RULES, adam, trust
 
 IMPLS = (
     "reference",
@@ -181,16 +183,16 @@ def test_compiled_functions_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> N
     """Without the limits, only the last few elements of a tensor are left to foreach."""
     monkeypatch.setattr(compiled, "SMALL_NUMEL", 5)
     monkeypatch.setattr(compiled, "ROW_NUMEL", 5)
-    monkeypatch.setattr(foreach, "moments", _only_a_few_elements(foreach.moments))
+    monkeypatch.setattr(foreach, "sweep", _only_a_few_elements(foreach.sweep))
     params = hurtful_params(torch.float64)
     options = {"max_grad_norm": 0.5, "weight_decay": 0.1, "lr": 0.01}
     assert_follows_numpy(params, [(list(params), {})], "compiled", **options)
 
 
-def _only_a_few_elements(moments: Any) -> Any:
-    def checked(work: Any, c: Any, norm: bool) -> Tensor:
+def _only_a_few_elements(sweep: Any) -> Any:
+    def checked(work: Any, what: Any, numbers: Any) -> Tensor:
         assert all(block.x.numel() < 5 for block in work.blocks)
-        result: Tensor = moments(work, c, norm)
+        result: Tensor = sweep(work, what, numbers)
         return result
 
     return checked
@@ -316,9 +318,9 @@ def test_any_combination(
 # --- single equations ----------------------------------------------------------------------------
 
 
-def hyper(**options: Any) -> rule.Hyperparameters:
-    row = rule.hyperparameters({**DEFAULTS, **options})
-    return rule.Hyperparameters(*torch.tensor([row], dtype=torch.float64).unbind(1))
+def hyper(**options: Any) -> adam.Hyperparameters:
+    row = adam.hyperparameters({**DEFAULTS, **options})
+    return adam.Hyperparameters(*torch.tensor([row], dtype=torch.float64).unbind(1))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def hyper(**options: Any) -> rule.Hyperparameters:
 )
 def test_clip_coefficient(norm: float, limit: float, expected: float) -> None:
     squared = torch.tensor(norm, dtype=torch.float64).square()
-    got = rule.clip_coefficient(squared, torch.tensor([limit], dtype=torch.float64))
+    got = trust.clip_coefficient(squared, torch.tensor([limit], dtype=torch.float64))
     np.testing.assert_equal(got.tolist(), [expected])
 
 
@@ -363,22 +365,24 @@ def test_trust_ratio(
     x_norm: float, u_norm: float, options: dict[str, Any], expected: float
 ) -> None:
     x_sq, u_sq = torch.tensor([[x_norm**2], [u_norm**2]], dtype=torch.float64)
-    np.testing.assert_equal(rule.trust_ratio(x_sq, u_sq, hyper(**options)).tolist(), [expected])
+    np.testing.assert_equal(trust.trust_ratio(x_sq, u_sq, hyper(**options)).tolist(), [expected])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_inactive_params_keep_their_moments(eps: float) -> None:
     """Whatever the gradient holds: after an overflow it is infinite or NaN."""
-    h = hyper(eps=eps, decoupled=False, weight_decay=0.1)
-    c = rule.coefficients(h, torch.ones(1, dtype=torch.float64), h.sign, l2=True)
-    kept = rule.only_where(torch.tensor([False]), c, guard=True).of_param(0)
+    h, rule = hyper(eps=eps, decoupled=False, weight_decay=0.1), RULES["lamb"]
+    c = rule.coefficients(h, torch.ones(1, dtype=torch.float64), ())
+    numbers = Numbers(None, torch.ones(1, dtype=torch.float64), c)
+    kept = only_where(torch.tensor([False]), numbers, rule, guard=True).map(lambda v: v[0])
     m, v, x = (torch.rand(4, dtype=torch.float64) for _ in range(3))
     grad = torch.tensor([float("inf"), float("nan"), -float("inf"), 1.0], dtype=torch.float64)
-    g = rule.gradient(grad, x, kept)
-    m_new, v_new = rule.moments(g, (m, v), kept)
+    g = rule.gradient(grad.where(kept.active, 0.0) * kept.grad_scale, x, kept.c)
+    m_new, v_new = rule.update(g, x, (m, v), kept.c)
     assert torch.equal(m_new, m)
     assert torch.equal(v_new, v)
-    assert rule.direction(x, (m_new, v_new), kept).isfinite().all()
+    (u,) = rule.directions(g, x, (m_new, v_new), kept.c)
+    assert u.isfinite().all()
 
 
 def test_decay_enters_in_one_place() -> None:

@@ -10,10 +10,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from dist_lamb import Lamb, rule
+from dist_lamb import Lamb
 from dist_lamb.kernels import compiled, foreach, reference
 from dist_lamb.kernels.eager import RowMap, Work
 from dist_lamb.kernels.segments import Segment
+from dist_lamb.kernels.sweeps import SQUARES, Numbers, rule_sweep
+from dist_lamb.rules import RULES
 
 IMPLS = ("reference", "foreach")
 BACKENDS = (
@@ -146,6 +148,7 @@ def test_partial_sums_of_one_tensor_are_added(
     rows = RowMap(owners, 3, torch.device("cpu"))
     segments = [Segment(o[0], g, x, (m, v), None) for o, (g, x, m, v) in zip(owners, blocks)]
     work = Work(segments, rows, torch.float32, tiled=tiled)
+    rule = RULES["lamb"]
     table = torch.tensor(
         [
             rule.hyperparameters(Lamb([nn.Parameter(torch.zeros(1))], weight_decay=wd).defaults)
@@ -153,18 +156,22 @@ def test_partial_sums_of_one_tensor_are_added(
         ],
         dtype=torch.float64,
     )
-    h = rule.Hyperparameters(*table.unbind(1))
-    c = rule.coefficients(h, torch.tensor([1.0, 2.0, 3.0]).double(), None, l2=False)
+    h = rule.h(*table.unbind(1))
+    c = rule.coefficients(h, torch.tensor([1.0, 2.0, 3.0]).double(), ())._replace(l2=None)
+    n = Numbers(c=c).to(torch.float32)
+    step = torch.tensor([0.1, 0.2, 0.3])
     with torch._dynamo.config.patch(recompile_limit=64):
-        sums = rows.sum(backend.moments(work, c.to(torch.float32), True))
-        grad_sq = rows.sum(backend.grad_sq(work))
-        backend.apply(work, c.to(torch.float32), torch.tensor([0.1, 0.2, 0.3]))
+        moments = rule_sweep(rule, moments=True, apply=False, norm=True)
+        sums = rows.sum(backend.sweep(work, moments, n))
+        grad_sq = rows.sum(backend.sweep(work, SQUARES, Numbers()))[:, 0]
+        apply = rule_sweep(rule, moments=False, apply=True)
+        backend.sweep(work, apply, n._replace(steps=(step,)))
     for k in range(3):
         mine = [(b, i) for b, o in enumerate(owners) for i, owner in enumerate(o) if owner == k]
         g, x, m, v = (torch.cat([start[b][n][i] for b, i in mine]).double() for n in range(4))
-        ck = c.of_param(k)
-        m, v = rule.moments(g, (m, v), ck)
-        u = rule.direction(x, (m, v), ck)
+        ck = Numbers(c=c).map(lambda t, k=k: t[k]).c
+        m, v = rule.update(g, x, (m, v), ck)
+        (u,) = rule.directions(g, x, (m, v), ck)
         want = torch.stack([t.square().sum() for t in (x, u, g)])
         torch.testing.assert_close(sums[k], want, rtol=1e-6, atol=0)
         torch.testing.assert_close(grad_sq[k], g.square().sum(), rtol=1e-6, atol=0)

@@ -16,7 +16,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from dist_lamb import Lamb, ShardedLamb, kernels
+from dist_lamb import Lamb, ShardedLamb, kernels, rules
 
 pytest.importorskip("triton")
 
@@ -34,6 +34,18 @@ def _golden_error(name: str, cls: Any) -> float:
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_golden(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["lans_apex", "adagrad_torch_l2", "adamh_levanter", "lars_optax"])
+def test_other_rules(interpreted: Callable[..., Any], name: str) -> None:
+    assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("name", golden.FAMILY)
+def test_every_rule(interpreted: Callable[..., Any], name: str, cls: Any) -> None:
+    assert interpreted(_golden_error, name, cls) <= golden.TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["apex_default", "apex_l2_noavg", "optax_v5_masked_clip"])
@@ -83,12 +95,12 @@ def test_a_dummy_step_leaves_no_trace(
     interpreted(_dummy_step, cls, options)
 
 
-def _launches(cls: Any, count: int, clip: float | None) -> list[str]:
+def _launches(cls: Any, count: int, clip: float | None, rule: str = "lamb") -> list[str]:
     from dist_lamb.kernels._triton_private import Launches
 
     params = [nn.Parameter(torch.ones(3 + i % 2)) for i in range(count)]
     groups = [{"params": [p], "weight_decay": i / 100} for i, p in enumerate(params)]
-    optimizer = cls(groups, impl="triton", max_grad_norm=clip)
+    optimizer = cls(groups, impl="triton", max_grad_norm=clip, rule=rule)
     names: list[str] = []
     plain = Launches.__call__
 
@@ -112,6 +124,20 @@ def test_launches_do_not_grow_with_the_model(
     expected = ["grad_sq"] * bool(clip) + ["moments_pass", "norms", "apply"]
     for count in (1, 20):
         assert interpreted(_launches, cls, count, clip) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("adamw", ["moments_pass", "norms"]),
+        ("lars", ["early_pass", "early_sums", "moments_pass", "norms"]),
+        ("lans", ["early_pass", "early_sums", "moments_pass", "norms", "apply"]),
+    ],
+)
+def test_launches_of_other_rules(
+    interpreted: Callable[..., Any], rule: str, expected: list[str]
+) -> None:
+    assert interpreted(_launches, Lamb, 20, None, rule) == expected
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -182,8 +208,8 @@ def test_auto_on_a_gpu() -> None:
 # --- for GPUs that are not here ------------------------------------------------------------------
 
 
-def _compiled_for(arch: int, kind: int) -> dict[str, str]:
-    """PTX of the two large kernels, for gradients and copies of one kind."""
+def _compiled_for(arch: int, kind: int, rule_name: str = "lamb") -> dict[str, str]:
+    """PTX of a rule's kernels, for gradients and copies of one kind."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -194,13 +220,19 @@ def _compiled_for(arch: int, kind: int) -> dict[str, str]:
     types = {
         "chunks": "*i32", "num_chunks": "i32", "segments": "*i64", "num_segments": "i32",
         "groups": "*fp64", "counters": "*fp32", "active": "*i1", "partials": "*fp64",
-        "steps": "*fp32",
+        "steps": "*fp32", "numels": "*fp64", "param_table": "*i32", "totals": "*fp64",
+        "ratios": "*fp32",
     }  # fmt: skip
     found = {}
-    for kernel in (triton_kernels.moments_pass, triton_kernels.apply):
+    rule = rules.RULES[rule_name]
+    if rule.early:
+        types["early"] = "*fp64"
+    for kernel in vars(triton_kernels.of(rule)).values():
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK}
+        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK, "COPY_KIND": kind}
+        given |= {"ONCE": not rule.late, "COLUMNS": rule.columns, "LR_ZERO": False}
+        given |= {"SUM": True, "FINISH": True}
         constants |= {n: value for n, value in given.items() if n in names}
         source = ASTSource(
             fn=kernel,
@@ -225,3 +257,20 @@ def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
             assert ptx["apply"].count("ld.global.v4.b32") == 3
             assert ptx["apply"].count("st.global.v4.b32") == 1
             assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart
+
+
+@pytest.mark.parametrize("name", [name for name in rules.RULES if name != "lamb"])
+def test_every_rule_compiles_to_16_byte_accesses(name: str) -> None:
+    states = len(rules.RULES[name].states)
+    with mp.get_context("spawn").Pool(1) as pool:
+        ptx = pool.apply(_compiled_for, (90, 0, name))
+    once = not rules.RULES[name].late
+    # stable_adamw's sum has no x in it
+    reads_x = name != "stable_adamw"
+    assert ptx["moments_pass"].count("ld.global.v4.b32") == 1 + reads_x + states
+    assert ptx["moments_pass"].count("st.global.v4.b32") == states + once
+    assert "fma.rn.f32" not in ptx["moments_pass"]
+    if not once:
+        reads = 1 + states + rules.RULES[name].reads_grad
+        assert ptx["apply"].count("ld.global.v4.b32") == reads
+        assert ptx["apply"].count("st.global.v4.b32") == 1

@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .. import options as lamb_options
-from ..state import MASTER, MOMENTS, TENSOR_STATES, needs_master, state_dtype
+from ..rules import RULES
+from ..state import MASTER, TENSOR_STATES, needs_master, state_dtype
 from .errors import CheckpointError
 from .files import open_file, os_errors
 from .fragments import are_disjoint
@@ -188,7 +189,8 @@ def read(folder: Path) -> Imported:
 def _take_state(found: Imported, name: str, state: Mapping[str, Any]) -> None:
     p = found.tensors.get(f"model.{name}")
     fits = p is not None and all(
-        isinstance(state.get(kind), Tensor) and state[kind].shape == p.shape for kind in MOMENTS
+        isinstance(state.get(kind), Tensor) and state[kind].shape == p.shape
+        for kind in RULES["lamb"].states
     )
     step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
     if p is None or not fits or step.numel() != 1:

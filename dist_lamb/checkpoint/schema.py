@@ -25,7 +25,9 @@ from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import options as lamb_options
+from .. import rules
 from ..base import SKIPPED, LambBase
+from ..rules import Rule
 from ..sharded import ShardedLamb
 from ..sharding.comm import is_dtensor
 from ..sharding.dtensors import local_of, wrapped
@@ -78,17 +80,19 @@ class Names:
         names = {id(t): name for name, t in self.model.items()}
         self.groups: list[list[str]] = []
         self.params: dict[str, Tensor] = {}
+        self.rules: dict[str, Rule] = {}
         if optimizer is None:
             return
         if not isinstance(optimizer, LambBase):
             raise TypeError(f"Lamb or ShardedLamb expected, got {type(optimizer).__name__}")
-        for group in optimizer.named_groups():
+        for group, options in zip(optimizer.named_groups(), optimizer.param_groups):
             for name, p in group:
                 if id(p) not in names:
                     raise CheckpointError(f"{name} of the optimizer is no parameter of the model")
             params = {names[id(p)]: p for _, p in group}
             self.groups.append(list(params))
             self.params.update(params)
+            self.rules.update(dict.fromkeys(params, rules.of(options)))
 
 
 # --- saving --------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def check_tensors(checkpoint: Checkpoint, names: Names) -> None:
         if key.startswith("model.") and key not in own:
             raise CheckpointError(f"{path}: has {key}, which the model lacks")
     for name, p in names.params.items():
-        for state_name in state_names(p) if has_state(checkpoint, name) else ():
+        for state_name in state_names(p, names.rules[name]) if has_state(checkpoint, name) else ():
             key = f"optimizer.{name}.{state_name}"
             if key not in saved:
                 raise CheckpointError(f"{path}: has no {key}")
@@ -174,8 +178,8 @@ def has_state(checkpoint: Checkpoint, name: str) -> bool:
     return any(f"optimizer.{name}.{s}" in checkpoint.tensors for s in ("step", *TENSOR_STATES))
 
 
-def state_names(p: Tensor) -> tuple[str, ...]:
-    return ("step", *states_of(p.dtype))
+def state_names(p: Tensor, rule: Rule) -> tuple[str, ...]:
+    return ("step", *states_of(p.dtype, rule))
 
 
 def check_groups(
@@ -197,6 +201,18 @@ def check_groups(
             f"{path}: {name} is in parameter group {i}, and not in this optimizer"
         )
     for i, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups)):
+        rule = rules.of(ours)
+        if "rule" in theirs and theirs["rule"] not in list(rules.RULES):
+            raise CheckpointError(
+                f"{path}: parameter group {i} has rule {theirs['rule']!r}, unknown"
+            )
+        made_for = rules.of(theirs) if "rule" in theirs else rule
+        if made_for.states != rule.states:
+            raise CheckpointError(
+                f"{path}: parameter group {i} was saved under rule {theirs['rule']!r}, "
+                f"whose states are {dict(made_for.states)}; here rule {rule.name!r} has "
+                f"{dict(rule.states)}"
+            )
         for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED):
             if which == "same" and not _equal(theirs[option], ours[option]):
                 raise CheckpointError(
@@ -318,12 +334,12 @@ class Targets:
             self.tensors[f"model.{name}"] = target
         for name, p in names.params.items():
             if name in kept:
-                self._add_state(name, p)
+                self._add_state(name, p, names.rules[name])
         self._without_state = [p for name, p in names.params.items() if name not in kept]
 
-    def _add_state(self, name: str, p: Tensor) -> None:
+    def _add_state(self, name: str, p: Tensor, rule: Rule) -> None:
         assert self._optimizer is not None
-        for state_name in state_names(p):
+        for state_name in state_names(p, rule):
             if state_name == "step":
                 continue  # known before anything is overwritten
             target: Any
@@ -360,13 +376,13 @@ class Targets:
         optimizer.state_loaded()
 
     def _reset(self, p: Tensor) -> None:
-        """The state of a param that never had a gradient: zero moments, the param as master."""
+        """The state of a param that never had a gradient: zeros, the param as master."""
         views = self._pieces[p].views
-        for name in states_of(p.dtype):
+        for name, view in views.items():
             if name == MASTER:
-                views[name].copy_(views["param"])
-            else:
-                views[name].zero_()
+                view.copy_(views["param"])
+            elif name != "param":
+                view.zero_()
 
 
 def _warn_of_frozen(names: list[str]) -> None:

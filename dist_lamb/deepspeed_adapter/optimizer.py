@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import options
+from .. import options, rules
 from ..base import SKIPPED, Closure, LambBase, ParamsT
 from ..deepspeed_marks import taken_by_zero
 from ..kernels.segments import GRAD_SQ
@@ -21,7 +21,7 @@ from ..state import TENSOR_STATES
 from .arrivals import Arrivals
 from .clipping import BOTH_CLIP, grad_norm_of
 from .layouts import Original, find_layouts, logical_shape
-from .partition_step import OPTION_NAMES, PartitionStep
+from .partition_step import PartitionStep
 
 #: Entry of a param group: the lr of all groups. DeepSpeed's universal loader at ZeRO-3 gives all
 #: groups what it finds in the first one.
@@ -97,7 +97,7 @@ class DeepSpeedLamb(LambBase):
         # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
         group["group_index"] = i
         group["param_steps"] = torch.zeros(len(group["params"]))
-        self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+        self._options_of[i] = options.owned(group)
         self._steps_taken = None
         self._steps_of.clear()
 
@@ -159,7 +159,7 @@ class DeepSpeedLamb(LambBase):
             if overflow is not None:
                 self._count_skipped(part, live, overflow)
         for i, group in live.items():
-            self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+            self._options_of[i] = options.owned(group)
         self._show_steps(groups, parts)
         return loss
 
@@ -211,6 +211,7 @@ class DeepSpeedLamb(LambBase):
             self._steps_of[key] = [
                 PartitionStep(
                     self.impl,
+                    {i: rules.of(of) for i, of in self._options_of.items()},
                     self._originals,
                     [layouts[j] for j in chosen],
                     [partitions[j] for j in chosen],
@@ -339,6 +340,9 @@ class DeepSpeedLamb(LambBase):
             found[o.name] = read(*part.last[:2])[k] if known else torch.tensor(torch.nan)  # type: ignore[union-attr, index]
         return found
 
+    def _rule_of_each(self) -> list[rules.Rule]:
+        return [rules.of(self._options_of[o.group]) for o in self._originals]
+
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients as DeepSpeed handed them over, after its own clipping.
 
@@ -375,7 +379,7 @@ class DeepSpeedLamb(LambBase):
         groups = []
         for group in self.param_groups:
             lo, hi = self._starts[group["group_index"] : group["group_index"] + 2]
-            kept = {name: group[name] for name in OPTION_NAMES}
+            kept = options.owned(group)
             names = [o.name for o in self._originals[lo:hi]]
             groups.append({**kept, "params": list(range(lo, hi)), "param_names": names})
         return {"state": state, "param_groups": groups}
@@ -396,7 +400,7 @@ class DeepSpeedLamb(LambBase):
                 f"groups of {sizes}"
             )
         for group in groups:
-            options.check_group({**self.defaults, **group})
+            options.check_group({**self.defaults, **options.owned(group)})
         ids = [i for group in groups for i in group["params"]]
         whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
         for o in self._originals:
@@ -414,7 +418,7 @@ class DeepSpeedLamb(LambBase):
         for number, entry in whole.items():
             self._steps_taken[number] = float(entry.get("step", 0.0))
         for group, loaded in zip(self.param_groups, groups):
-            group.update({name: loaded[name] for name in OPTION_NAMES if name in loaded})
+            group.update(options.owned(loaded))
         self._show_steps(self.param_groups, parts)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import options, step
+from .. import step
 from ..kernels import Update, make_update
 from ..kernels.groups import GroupOptions, GroupTable
 from ..kernels.segments import UPDATED, Scalars, Segment
+from ..norms import add_up
+from ..rules import Rule
 from ..sharding.comm import Comm
 from ..state import (
     MASTER,
-    MOMENTS,
     TENSOR_STATES,
     as_laid_out,
     complete_state,
@@ -33,8 +34,6 @@ from .layouts import (
     problem_with,
 )
 
-OPTION_NAMES = (*options.RULE_DEFAULTS, *options.TORCH_FLAGS)
-
 
 class PartitionStep:
     """Partitions that DeepSpeed steps together, and the params that lie in them."""
@@ -42,6 +41,7 @@ class PartitionStep:
     def __init__(
         self,
         impl: str,
+        rules_of: Mapping[int, Rule],
         every: Sequence[Original],
         layouts: Sequence[PartitionLayout],
         partitions: Sequence[Tensor],
@@ -68,7 +68,9 @@ class PartitionStep:
         self.group_indices = sorted({o.group for o in self.originals})
         group_of = [self.group_indices.index(o.group) for o in self.originals]
         self._options = GroupOptions()
-        self._groups = GroupTable(self.device, group_of, keep=[])
+        self._rules = [rules_of[i] for i in self.group_indices]
+        numels = [logical_numel(o.param) for o in self.originals]
+        self._groups = GroupTable(self.device, self._rules, group_of, numels, keep=[])
         self._counters = torch.zeros(len(self.originals), device=self.device)
         #: (addresses and dtypes of everything, segments without gradients, their update)
         self._kept: tuple[Any, list[Segment], Update] | None = None
@@ -122,7 +124,8 @@ class PartitionStep:
         ``live`` are the param groups, ``steps`` all originals' counts, ``loss_scaling`` what
         torch.amp.GradScaler set on the optimizer, under DeepSpeed's torch_autocast.
         """
-        self._options.read([live[i] for i in self.group_indices])
+        if self._options.read([live[i] for i in self.group_indices]).rules != self._rules:
+            raise RuntimeError("the rule of a param group has changed; make a new DeepSpeedLamb")
         segments, update = self._prepare(state)
         stepped = [s for s in segments if s.grad is not None]
         missing, doubtful = self._missing(arrivals)
@@ -147,12 +150,12 @@ class PartitionStep:
     def _prepare(self, state: Any) -> tuple[list[Segment], Update]:
         """The spans of values, moments and gradients, in the order of layouts and their spans."""
         tensors = []
-        for partition in self.partitions:
-            x, entry = partition.detach(), state[partition]
-            complete_state(partition, x, entry)
+        for layout, partition in zip(self.layouts, self.partitions):
+            x, entry, rule = partition.detach(), state[partition], self._rule_of(layout)
+            complete_state(partition, x, entry, rule)
             master = entry.get(MASTER)
             x, copy = (x, None) if master is None else (master, x)
-            tensors.append((x, copy, *(entry[name] for name in MOMENTS)))
+            tensors.append((x, copy, *(entry[name] for name in rule.states)))
         grads = self._gradients()
         # DeepSpeed moves memory around: offloading, loading.
         key: list[Any] = [
@@ -173,6 +176,10 @@ class PartitionStep:
             self._kept[2].set_gradients(grads)
         _, segments, update = self._kept
         return [s._replace(grad=g) for s, g in zip(segments, grads)], update
+
+    def _rule_of(self, layout: PartitionLayout) -> Rule:
+        """Of a partition: DeepSpeed joins params of one group only."""
+        return self._groups.rules[self._at[layout.originals[0]]]
 
     def _gradients(self) -> list[Tensor | None]:
         grads: list[Tensor | None] = []
@@ -262,7 +269,7 @@ class PartitionStep:
         found: list[tuple[str, PartitionLayout, Tensor]] = []
         for layout, partition in zip(self.layouts, self.partitions):
             entry = state[partition]
-            complete_state(partition, partition.detach(), entry)
+            complete_state(partition, partition.detach(), entry, self._rule_of(layout))
             found += [(name, layout, entry[name]) for name in TENSOR_STATES if name in entry]
             half = needs_master(self.originals[self._at[layout.originals[0]]].param.dtype)
             if half and layout.kind != "param":
@@ -286,6 +293,7 @@ class _PartitionNorms:
         self._cut = cut
         self._device = device
         self.local = False
+        self.settled = True
         #: bool [params], of the last step: on some rank the param had a gradient
         self.updated = torch.empty(0, dtype=torch.bool)
 
@@ -294,6 +302,7 @@ class _PartitionNorms:
         and the norm of all gradients if it comes from outside."""
         self._present = present
         self._grad_norm = grad_norm
+        self.settled = present is None
         self.local = self._comm.world_size == 1 and present is None and grad_norm is None
 
     def reduction_groups(self, device: torch.device) -> None:
@@ -311,12 +320,12 @@ class _PartitionNorms:
         self.updated = sums[:, UPDATED] > 0
         return sums
 
-    def over_all(self, sums: Tensor) -> Tensor:
+    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self._cut:
-            sums = self._add(sums)
+            sums, early = add_up(self._add, sums, early)
         if self._grad_norm is not None:
             sums[0] = torch.as_tensor(self._grad_norm, dtype=torch.float64) ** 2
-        return sums
+        return sums, early
 
     def _add(self, t: Tensor) -> Tensor:
         # With CPU offload the sums are on the CPU, where NCCL does not go.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private
+from ..rules import RULES, Rule
 
 if TYPE_CHECKING:
     from .groups import GroupTable
@@ -33,10 +34,16 @@ class Update(Protocol):
     #: whether it keeps the tensors alive that it was made from, and not only knows their addresses
     keeps_memory: bool
     counters: Tensor  # float32 [params], the params' step counts, written by apply
-    #: of the last step: float32 [params] trust ratios, NaN where a param took no part, and
-    #: float64 [params, COLUMNS] sums over all ranks
-    ratios: Tensor
-    sums: Tensor
+
+    @property
+    def ratios(self) -> Tensor:
+        """Of the last step: float32 [params] trust ratios, NaN where a param took no part."""
+        ...
+
+    @property
+    def sums(self) -> Tensor:
+        """Of the last step: float64 [params, columns], over all ranks."""
+        ...
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """The gradients of the next step, one a segment, laid out as x and of the dtypes they had
@@ -56,12 +63,19 @@ class Update(Protocol):
         each mask bool [params] (None: one of all); the last element is 0 and free for a flag."""
         ...
 
-    def moments(self, scalars: Scalars, to_reduce: bool) -> Tensor:
-        """New states; sums float64 [params, COLUMNS]. Not ``to_reduce``: only for apply."""
+    def early(self) -> Tensor:
+        """x.x, x.g, g.g of the gradients as they are, float64 [params, 3]; 0 where not wanted."""
+        ...
+
+    def moments(self, scalars: Scalars, to_reduce: bool, settled: bool) -> Tensor:
+        """New states; sums float64 [params, columns]. Not ``to_reduce``: only for apply.
+
+        ``settled``: which params step is known, so that a rule without late sums may move x too.
+        """
         ...
 
     def apply(self, sums: Tensor) -> None:
-        """x <- x - lr * rho * u from the sums over all ranks; counters and ratios."""
+        """x <- x - (shrink * x + steps * u) from the sums over all ranks; counters and ratios."""
         ...
 
 
@@ -81,13 +95,37 @@ def make_update(
 
     Raises ``RuntimeError`` saying why if the backend asked for cannot run there.
     """
+    found = list(dict.fromkeys(groups.rules)) or [RULES["lamb"]]
+    if len(found) > 1:
+        from .several import SeveralRules
+
+        return SeveralRules(
+            segments,
+            groups,
+            [
+                (rule, functools.partial(_one_rule, counters, groups, rule, impl, tiled, keep))
+                for rule in found
+            ],
+        )
+    return _one_rule(counters, groups, found[0], impl, tiled, keep, segments)
+
+
+def _one_rule(
+    counters: Tensor,
+    groups: GroupTable,
+    rule: Rule,
+    impl: str,
+    tiled: bool,
+    keep: list[Any],
+    segments: Sequence[Segment],
+) -> Update:
     if uses_triton(impl, counters.device, {s.x.dtype for s in segments}):
         from .fused_triton import TritonUpdate
 
-        return TritonUpdate(segments, counters, groups, keep)
+        return TritonUpdate(segments, counters, groups, rule, keep)
     from .eager import EagerUpdate
 
-    return EagerUpdate(segments, counters, groups, impl=impl, tiled=tiled)
+    return EagerUpdate(segments, counters, groups, rule, impl=impl, tiled=tiled)
 
 
 def uses_triton(impl: str, device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:

@@ -7,18 +7,20 @@ every number that may change between steps is an element of a table: nothing rec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import rule
 from . import foreach
-from .eager import Work, square_sum
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum
 
 #: Separate tensors smaller than this go through ``foreach``: calling a compiled function costs
 #: more than it saves on them.
@@ -26,22 +28,6 @@ SMALL_NUMEL = 2**15
 
 #: Elements of a row that a separate tensor is cut into.
 ROW_NUMEL = 1024
-
-
-def _table(c: rule.Coefficients) -> Tensor:
-    """All coefficients, [params, len(c)]; what the host left out is there too: one shape."""
-    one = torch.ones_like(c.beta1)
-    full = c._replace(
-        active=one if c.active is None else c.active.to(one.dtype),
-        grad_scale=one if c.grad_scale is None else c.grad_scale,
-        l2=torch.zeros_like(one) if c.l2 is None else c.l2,
-    )
-    return torch.stack(list(full), dim=1)
-
-
-def _coefficients(rows: Tensor) -> rule.Coefficients:
-    c = rule.Coefficients(*rows.unbind(-1))
-    return c._replace(active=c.active > 0)
 
 
 # Each row takes its own param's coefficients. Compiled once for any number of rows.
@@ -53,33 +39,52 @@ _more: dict[str, Any] = (
 _compile = torch.compile(dynamic=True, fullgraph=True, **_more)
 
 
-@_compile
-def _tiled_grad_sq(g: Tensor) -> Tensor:
-    return square_sum(g)
+def _filled(numbers: Numbers) -> Numbers:
+    """With what the host left out too: one graph."""
+    like = numbers.c[-1]
+    one, zero = torch.ones_like(like), torch.zeros_like(like)
+    active = one if numbers.active is None else numbers.active.to(like.dtype)
+    scale = one if numbers.grad_scale is None else numbers.grad_scale
+    c = numbers.c._make(zero if v is None else v for v in numbers.c)
+    return Numbers(active, scale, c, numbers.shrink, numbers.steps)
 
 
-@_compile
-def _tiled_moments(
-    g: Tensor, x: Tensor, table: Tensor, index: Tensor, norm: bool, *states: Tensor
-) -> Tensor:
-    c = _coefficients(table[index][:, None, :])
-    g = g.to(x.dtype)
-    new = rule.moments(rule.gradient(g, x, c), states, c)
-    u = rule.direction(x, new, c)
-    for state, value in zip(states, new):
-        state.copy_(value)
-    squared = [x, u, g] if norm else [x, u]
-    return torch.stack([square_sum(t) for t in squared], dim=-1)
+@functools.cache
+def _compiled(what: Sweep, empty: Numbers) -> Callable[..., Tensor | None]:
+    """``what`` on matrices [rows, columns]; ``empty`` has numbers where the tables have columns."""
 
+    def swept(
+        g: Tensor | None,
+        x: Tensor,
+        copy: Tensor | None,
+        table: Tensor | None,
+        index: Tensor,
+        *states: Tensor,
+    ) -> Tensor | None:
+        def put(new: Sequence[Tensor]) -> Sequence[Tensor]:
+            for state, value in zip(states, new):
+                state.copy_(value)
+            return new
 
-@_compile
-def _tiled_apply(
-    x: Tensor, copy: Tensor | None, table: Tensor, step: Tensor, index: Tensor, *states: Tensor
-) -> None:
-    c = _coefficients(table[index][:, None, :])
-    x.copy_(rule.apply(x, rule.direction(x, states, c), step[index][:, None]))
-    if copy is not None:
-        copy.copy_(x)
+        numbers = Numbers()
+        if table is not None:
+            found = iter(table[index][:, None, :].unbind(-1))
+            numbers = empty.like([None if v is None else next(found) for v in empty.flat()])
+            numbers = numbers._replace(active=numbers.active > 0)
+        g = x if g is None else g.to(x.dtype)
+        new, pairs = what.run(g, x, states, numbers, put)
+        sums = torch.stack([product_sum(a, b) for a, b in pairs], dim=-1) if pairs else None
+        if new is not None:
+            x.copy_(new)
+            if copy is not None:
+                copy.copy_(x)
+        return sums
+
+    # torch.compile counts graphs by code object: each sweep has one of its own
+    code = swept.__code__.replace(co_name=f"swept_{what.name}")
+    own: Callable[..., Tensor | None] = FunctionType(code, globals(), None, None, swept.__closure__)
+    compiled: Callable[..., Tensor | None] = _compile(own)  # type: ignore[no-untyped-call]
+    return compiled
 
 
 def _call(compiled: Callable[..., Any], *tensors: Tensor | bool | None) -> Any:
@@ -136,51 +141,28 @@ def _cut(work: Work) -> _Cut:
     return cut
 
 
-def _zeros(work: Work, *columns: int) -> Tensor:
-    rows = len(work.rows.index)
-    return torch.zeros(rows, *columns, dtype=torch.float64, device=work.device)
+def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
+    table, empty = None, Numbers()
+    if numbers.c:
+        full = _filled(numbers)
+        empty = full.map(lambda _: 0)
+        table = torch.stack([v for v in full.flat() if v is not None], dim=1)
+    run = _compiled(what, empty)
 
+    def tiles(s: Segment, grad: Tensor | None, index: Tensor) -> Tensor | None:
+        g = grad if what.reads_grad else None
+        return _call(run, g, s.x, s.copy, table, index, *s.states)  # type: ignore[no-any-return]
 
-def grad_sq(work: Work) -> Tensor:
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     if work.tiled:
-        return torch.cat([_call(_tiled_grad_sq, block.grad) for block in work.blocks])
-    cut, out = _cut(work), _zeros(work)
-    out[cut.rest_of] += foreach.grad_sq(cut.rest_with_gradients(work))
-    for b, tiles, _ in cut.tiled:
-        out[b] += _call(_tiled_grad_sq, _gradient_tiles(work, b, tiles)).sum(0)
-    return out
-
-
-def _gradient_tiles(work: Work, b: int, tiles: Segment) -> Tensor:
-    grad = work.blocks[b].grad
-    assert grad is not None
-    return _tiles(grad, tiles.x.numel())
-
-
-def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
-    table = _table(c)
-    if work.tiled:
-        blocks = zip(work.blocks, work.rows.indices)
-        return torch.cat(
-            [
-                _call(_tiled_moments, s.grad, s.x, table, index, norm, *s.states)
-                for s, index in blocks
-            ]
-        )
-    cut, out = _cut(work), _zeros(work, 3 if norm else 2)
-    out[cut.rest_of] += foreach.moments(cut.rest_with_gradients(work), c, norm)
+        sums = [tiles(s, s.grad, index) for s, index in zip(work.blocks, work.rows.indices)]
+        return torch.cat([t for t in sums if t is not None]) if what.columns and sums else out
+    cut = _cut(work)
+    rest = cut.rest_with_gradients(work) if what.reads_grad else cut.rest
+    out[cut.rest_of] += foreach.sweep(rest, what, numbers)
     for b, s, index in cut.tiled:
-        g = _gradient_tiles(work, b, s)
-        out[b] += _call(_tiled_moments, g, s.x, table, index, norm, *s.states).sum(0)
+        grad = work.blocks[b].grad
+        found = tiles(s, None if grad is None else _tiles(grad, s.x.numel()), index)
+        if found is not None:
+            out[b] += found.sum(0)
     return out
-
-
-def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
-    table = _table(c)
-    blocks = list(zip(work.blocks, work.rows.indices))
-    if not work.tiled:
-        cut = _cut(work)
-        foreach.apply(cut.rest, c, step_size)
-        blocks = [(tiles, index) for _, tiles, index in cut.tiled]
-    for s, index in blocks:
-        _call(_tiled_apply, s.x, s.copy, table, step_size, index, *s.states)

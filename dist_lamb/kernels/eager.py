@@ -1,32 +1,31 @@
 """A step on tensors: what the backends ``reference``, ``foreach`` and ``compiled`` have in common.
 
-Each of them is a module with three functions on a :class:`Work`::
+Each of them is a module with one function, a pass over all elements of a :class:`Work`::
 
-    grad_sq(work)                    squares of the gradient, float64 [rows]
-    moments(work, c, norm)           new states; squares of x, u and (``norm``) of the gradient,
-                                     float64 [rows, 2 or 3]
-    apply(work, c, step_size)        x <- x - step_size * u, and the half-precision copies
+    sweep(work, what, numbers)       sums by row, float64 [rows, what.columns]; the rest in place
 
-``c`` is a :class:`dist_lamb.rule.Coefficients` of [params] tensors, ``step_size`` is [params]; both
-in ``work.dtype``. ``work.rows.sum`` adds rows up to params.
+``what`` is a :class:`Sweep`, the elementwise equations; ``numbers`` holds the step's coefficients,
+[params] in ``work.dtype``. ``work.rows.sum`` adds rows up to params.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import rule
+from ..rules import EARLY, Rule
+from ..rules.trust import clip_coefficient
 from ..state import flat_row
 from . import backend_for
 from .device import mask_of
-from .groups import GroupTable
-from .segments import COLUMNS, U_SQ, UPDATED, X_SQ, Scalars, Segment
+from .groups import GroupTable, Row
+from .segments import GRAD_SQ, UPDATED, Scalars, Segment
+from .sweeps import SQUARES, Numbers, Sweep, early_sweep, only_where, rule_sweep
 
 
 class RowMap:
@@ -141,15 +140,6 @@ def _extended_by(rows: int) -> Callable[[Tensor], Tensor]:
     return lambda t: t.as_strided((len(t) + rows, t.shape[1]), t.stride())
 
 
-def square_sum(t: Tensor) -> Tensor:
-    """Sum of squares of each row in float64, [rows, cols] -> [rows].
-
-    The squares themselves are float64: rounding them to float32 first would leave norms that
-    depend on how the tensor was cut.
-    """
-    return t.to(torch.float64, copy=True).square_().sum(dim=-1)
-
-
 class EagerUpdate:
     """:class:`dist_lamb.kernels.Update` by operations on tensors, which it keeps alive."""
 
@@ -160,6 +150,7 @@ class EagerUpdate:
         segments: Sequence[Segment],
         counters: Tensor,
         groups: GroupTable,
+        rule: Rule,
         *,
         impl: str,
         tiled: bool,
@@ -167,9 +158,14 @@ class EagerUpdate:
         self.device = counters.device
         self.counters = counters
         self.ratios = torch.full_like(counters, torch.nan)
-        self.sums = torch.zeros(len(counters), COLUMNS, dtype=torch.float64, device=self.device)
+        self.sums = counters.new_zeros(len(counters), groups.columns, dtype=torch.float64)
         self._segments = [s._replace(grad=None) for s in segments]
-        self._groups, self._impl, self._tiled = groups, impl, tiled
+        self._groups, self._rule, self._impl, self._tiled = groups, rule, impl, tiled
+        own = [k for k, other in enumerate(groups.rules) if other is rule]
+        #: which params are of this rule; None: all
+        self._own: Tensor | None = None
+        if len(own) < len(counters):
+            self._own = mask_of(own, len(counters), self.device, keep=[])
         self._present: list[bool] | None = None
         self._masked = False
         self.set_gradients([s.grad for s in segments])
@@ -194,7 +190,10 @@ class EagerUpdate:
             work.blocks = [b._replace(grad=g) for b, g in zip(work.blocks, these, strict=True)]
 
     def set_active(self, active: Tensor) -> None:
-        self._active, self._masked = active, True
+        self._active, self._masked = self._mine(active), True
+
+    def _mine(self, mask: Tensor) -> Tensor:
+        return mask if self._own is None else mask & self._own
 
     def release(self) -> None:
         for work in self._works:
@@ -203,65 +202,127 @@ class EagerUpdate:
     def grad_sq(self, reduction_groups: Sequence[Tensor] | None) -> Tensor:
         count = 1 if reduction_groups is None else len(reduction_groups)
         total = torch.zeros(count + 1, dtype=torch.float64, device=self.device)
-        for work, backend in zip(self._works, self._backends):
-            partials = backend.grad_sq(work)
+        for work, partials in self._swept(SQUARES, Numbers()):
             if reduction_groups is None:
                 total[0] += partials.sum()
             else:
-                each = work.rows.sum(partials)
+                each = work.rows.sum(partials[:, 0])
                 masked = [torch.where(mask, each, 0.0).sum() for mask in reduction_groups]
                 total[:-1] += torch.stack(masked)
         return total
 
-    def moments(self, scalars: Scalars, to_reduce: bool) -> Tensor:
-        h = self._groups.gathered(scalars.options)
+    def early(self) -> Tensor:
+        sums = self.sums.new_zeros(len(self.counters), len(EARLY))
+        if self._rule.early:
+            places = [EARLY.index(name) for name in self._rule.early]
+            for work, partials in self._swept(early_sweep(self._rule.early), Numbers()):
+                sums[:, places] += work.rows.sum(partials)
+        return sums
+
+    def _swept(self, what: Sweep, numbers: Numbers) -> Iterator[tuple[Work, Tensor]]:
+        for work, backend in zip(self._works, self._backends):
+            yield work, backend.sweep(work, what, numbers.to(work.dtype))
+
+    def moments(self, scalars: Scalars, to_reduce: bool, settled: bool) -> Tensor:
+        rule, options = self._rule, scalars.options
+        row = self._groups.gathered(options, rule)
         t = self.counters + 1
         taking_part = self._active
         guard = scalars.overflow is not None
         if scalars.overflow is not None:
             taking_part = taking_part & ~(scalars.overflow.to(self.device) > 0).view(())
-        c = rule.coefficients(h, t.double(), self._gradient_scale(h, scalars), scalars.options.l2)
-        if self._masked or guard:
-            c = rule.only_where(taking_part, c, guard)
+        scale = self._gradient_scale(row, scalars)
+        early = self._early(scalars, scale)
+        c = rule.coefficients(row.h, t.double(), early)
+        if hasattr(c, "l2") and not options.l2:
+            c = c._replace(l2=None)
+        n = Numbers(None, scale, c)
+        if self._masked or guard or self._own is not None:
+            n = only_where(taking_part, n, rule, guard)
         sums = torch.zeros_like(self.sums)
-        sums[:, UPDATED] = self._counts(h, taking_part, scalars.options.lr_zero)
-        for work, backend in zip(self._works, self._backends):
-            each = work.rows.sum(backend.moments(work, c.to(work.dtype), scalars.track_grad_norm))
-            sums[:, : each.shape[1]] += each
-        self._pending = (h, c, t, taking_part, scalars.options.lr_zero)
+        sums[:, UPDATED] = self._counts(row.h, taking_part, options.lr_zero)
+        once = settled and not rule.late and not options.lr_zero
+        if once:
+            ratio, moves = self._moves(row, t, early, (), taking_part)
+            n = n._replace(shrink=moves.shrink, steps=moves.steps)
+        else:
+            ratio = None
+        norm = scalars.track_grad_norm
+        what = rule_sweep(rule, moments=True, apply=once, norm=norm)
+        for work, partials in self._swept(what, n):
+            if what.columns:
+                each = work.rows.sum(partials)
+                late = what.columns - norm
+                sums[:, :late] += each[:, :late]
+                if norm:
+                    sums[:, GRAD_SQ] += each[:, -1]
+        self._pending = (row, n, t, early, taking_part, options.lr_zero, once, ratio)
         return sums
 
     def apply(self, sums: Tensor) -> None:
-        h, c, t, taking_part, lr_zero = self._pending
+        rule = self._rule
+        row, n, t, early, taking_part, lr_zero, once, ratio = self._pending
         self.sums = sums
-        updated = sums[:, UPDATED] > 0
-        rho = rule.trust_ratio(sums[:, X_SQ], sums[:, U_SQ], h)
+        updated = self._mine(sums[:, UPDATED] > 0)
+        if not once:
+            late = sums[:, : len(rule.late)].unbind(1)
+            ratio, moves = self._moves(row, t, early, late, updated)
         self.counters.copy_(torch.where(updated, t, self.counters))
         # Rounded as the params are, so that the order of the ranks leaves no trace here either.
-        self.ratios = torch.where(updated, rho, torch.nan).float()
+        self.ratios = torch.where(updated, ratio, torch.nan).float()
+        if once:
+            return
         if lr_zero:
             self._erase(taking_part & ~updated)
-            c = rule.only_where(updated, c, guard=False)
-        step_size = torch.where(updated, h.lr * rho, 0.0)
-        for work, backend in zip(self._works, self._backends):
-            backend.apply(work, c.to(work.dtype), step_size.to(work.dtype))
+            n = only_where(updated, n, rule, guard=n.active is not None)
+        n = n._replace(shrink=moves.shrink, steps=moves.steps)
+        for _ in self._swept(rule_sweep(rule, moments=False, apply=True), n):
+            pass
 
-    def _gradient_scale(self, h: rule.Hyperparameters, scalars: Scalars) -> Tensor | None:
+    def _moves(
+        self, row: Row, t: Tensor, early: Any, late: Any, where: Tensor
+    ) -> tuple[Any, Numbers]:
+        """The trust ratio; and how far x goes, 0 where it does not take part."""
+        ratio, shrink, *steps = self._rule.scales(
+            row.h, t.double(), early, late, self._groups.numels
+        )
+        zero = torch.zeros_like(self._groups.numels)
+        moves = [torch.where(where, v, zero) for v in (shrink, *steps)]
+        return ratio, Numbers(
+            shrink=moves[0] if self._rule.shrinks else None, steps=tuple(moves[1:])
+        )
+
+    def _early(self, scalars: Scalars, scale: Tensor | None) -> tuple[Tensor, ...]:
+        """The rule's early sums, as of scaled gradients."""
+        if not self._rule.early:
+            return ()
+        assert scalars.early is not None
+        columns = scalars.early.to(self.device).unbind(1)
+        found = []
+        for name in self._rule.early:
+            value = columns[EARLY.index(name)]
+            if scale is not None:
+                value = value * scale ** name.count("g")
+            found.append(value)
+        return tuple(found)
+
+    def _gradient_scale(self, row: Row, scalars: Scalars) -> Tensor | None:
         """What a gradient is multiplied with, float64 [params]; None where it is 1."""
+        sign: Any = row.sign
+        limit: Any = row.max_grad_norm
         inverse = scalars.inverse_scale(self.device)
-        scale = h.sign if scalars.options.maximize else None
+        scale: Tensor | None = sign if scalars.options.maximize else None
         if inverse is not None:
-            scale = h.sign * inverse
+            scale = sign * inverse
         if scalars.options.clip:
             assert scalars.grad_sq is not None
             grad_sq = scalars.grad_sq.to(self.device)
             if inverse is not None:
                 grad_sq = grad_sq * inverse * inverse
-            clip = rule.clip_coefficient(grad_sq, h.max_grad_norm)
-            scale = (h.sign if scale is None else scale) * clip
+            scale = (sign if scale is None else scale) * clip_coefficient(grad_sq, limit)
         return scale
 
-    def _counts(self, h: rule.Hyperparameters, taking_part: Tensor, lr_zero: bool) -> Tensor:
+    def _counts(self, h: Any, taking_part: Tensor, lr_zero: bool) -> Tensor:
         """Which params' steps count: those that take part, float64 [params].
 
         torch.distributed.checkpoint makes optimizers create their state by a step with lr = 0 and

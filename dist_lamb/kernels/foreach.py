@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import rule
-from .eager import Work, square_sum
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum, products
 
 #: Elements worked on at a time. Bounds the temporaries, and on a CPU keeps them in its cache.
 BATCH_NUMEL = {"cpu": 2**18}
@@ -18,11 +18,12 @@ BATCH_NUMEL_GPU = 2**24
 
 
 class TensorList:
-    """A list of tensors with the arithmetic that ``rule`` uses; ``other`` is a list too, or floats.
+    """A list of tensors with the arithmetic that rules use; ``other`` is a list too, or floats.
 
     Operands broadcast element by element of the list. What an operation returns belongs to the
     expression it stands in, so the next operation writes over it: fresh memory for each would
-    cost more than the arithmetic. Keep a result that is used twice by :meth:`keep`.
+    cost more than the arithmetic. Keep a result that is used twice by :meth:`keep`; on the right
+    of an operator it may stand often.
     """
 
     def __init__(self, tensors: Sequence[Tensor], scratch: bool = False) -> None:
@@ -32,30 +33,34 @@ class TensorList:
     def keep(self) -> TensorList:
         return TensorList(self.tensors)
 
-    def _binary(self, name: str, other: Any) -> TensorList:
-        operand = getattr(other, "tensors", other)
-        if self._scratch:
-            getattr(torch, f"_foreach_{name}_")(self.tensors, operand)
-            return self
-        return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, operand), scratch=True)
+    def _made(self, name: str, *operands: Any) -> TensorList:
+        operands = tuple(getattr(other, "tensors", other) for other in operands)
+        if not self._scratch:
+            return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, *operands), True)
+        getattr(torch, f"_foreach_{name}_")(self.tensors, *operands)
+        result = TensorList(self.tensors, True)
+        del self.tensors  # written over: to use it once more is an error
+        return result
 
     def __add__(self, other: Any) -> TensorList:
-        return self._binary("add", other)
+        return self._made("add", other)
 
     def __sub__(self, other: Any) -> TensorList:
-        return self._binary("sub", other)
+        return self._made("sub", other)
 
     def __mul__(self, other: Any) -> TensorList:
-        return self._binary("mul", other)
+        return self._made("mul", other)
 
     def __truediv__(self, other: Any) -> TensorList:
-        return self._binary("div", other)
+        return self._made("div", other)
 
     def sqrt(self) -> TensorList:
-        if self._scratch:
-            torch._foreach_sqrt_(self.tensors)
-            return self
-        return TensorList(torch._foreach_sqrt(self.tensors), scratch=True)
+        return self._made("sqrt")
+
+    def maximum(self, other: Any) -> TensorList:
+        if isinstance(other, TensorList):
+            other = [o.expand_as(t) for o, t in zip(other.tensors, self.tensors)]
+        return self._made("maximum", other)
 
     def where(self, condition: Any, other: float) -> TensorList:
         conditions = getattr(condition, "tensors", condition)
@@ -156,53 +161,41 @@ class _Columns:
                 yield TensorList([each.repeat_interleave(torch.tensor(batch.lengths))[None]])
 
 
-def _add_squares(out: Tensor, batch: _Batch, tensors: Sequence[Tensor]) -> None:
-    """out[rows] += sums of squares; a row may come in several batches."""
+def _add_products(
+    out: Tensor, batch: _Batch, some: Sequence[Tensor], other: Sequence[Tensor]
+) -> None:
+    """out[rows] += sums of products; a row may come in several batches."""
     if batch.lengths is None:
-        for r, t in zip(batch.rows, tensors):
-            out[r] += square_sum(t)
+        for r, a, b in zip(batch.rows, some, other):
+            out[r] += product_sum(a, b)
     else:
-        squares = tensors[0][0].to(torch.float64, copy=True).square_()
         lengths = torch.tensor(batch.lengths)
-        sums = torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True, initial=0)
+        each = products(some[0], other[0])[0]
+        sums = torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True, initial=0)
         out[[r.start for r in batch.rows]] += sums
 
 
-def grad_sq(work: Work) -> Tensor:
-    out = torch.zeros(len(work.rows.index), dtype=torch.float64, device=work.device)
-    for batch in _batches(work):
-        _add_squares(out, batch, batch.g)
-    return out
-
-
-def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
-    out = torch.zeros(
-        len(work.rows.index), 3 if norm else 2, dtype=torch.float64, device=work.device
-    )
-    columns = _Columns(work, *c)
-    for batch in _batches(work):
-        cb = rule.Coefficients(*columns.at(batch))
-        x, g = TensorList(batch.x), TensorList(batch.g)
-        if norm:
-            _add_squares(out[:, 2], batch, g.tensors)
-        g = rule.gradient(g, x, cb).keep()
-        new = rule.moments(g, [TensorList(state) for state in batch.states], cb)
-        kept = [state.keep() for state in new]
-        for k, state in enumerate(kept):
+def _into(batch: _Batch) -> Callable[[Sequence[TensorList]], list[TensorList]]:
+    def put(new: Sequence[TensorList]) -> list[TensorList]:
+        for k, state in enumerate(new):
             batch.write([part.states[k] for part in batch.parts], state.tensors)
-        u = rule.direction(x, kept, cb)
-        _add_squares(out[:, 0], batch, x.tensors)
-        _add_squares(out[:, 1], batch, u.tensors)
-    return out
+        return [state.keep() for state in new]
+
+    return put
 
 
-def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
-    columns = _Columns(work, *c, step_size)
-    for batch in _batches(work, with_gradients=False):
-        *cb, step = columns.at(batch)
+def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
+    columns = _Columns(work, *numbers.flat())
+    for batch in _batches(work, what.reads_grad):
+        n = numbers.like(list(columns.at(batch)))
         x = TensorList(batch.x)
+        g = TensorList(batch.g) if what.reads_grad else x
         states = [TensorList(state) for state in batch.states]
-        u = rule.direction(x, states, rule.Coefficients(*cb))
-        new = rule.apply(x, u, step).tensors
-        batch.write([part.x for part in batch.parts], new)
-        batch.write([part.copy for part in batch.parts], new)
+        new, pairs = what.run(g, x, states, n, _into(batch))
+        for k, (a, b) in enumerate(pairs):
+            _add_products(out[:, k], batch, a.tensors, b.tensors)
+        if new is not None:
+            batch.write([part.x for part in batch.parts], new.tensors)
+            batch.write([part.copy for part in batch.parts], new.tensors)
+    return out

@@ -15,12 +15,21 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
+from ..rules import EARLY, Rule
+from . import triton_kernels, triton_sums
 from ._triton_private import launches_on
 from .device import capturing, int64, mask_of, upload
 from .groups import GroupTable
-from .segments import COLUMNS, Scalars, Segment
-from .triton_math import ALIGNED, BLOCK, CHUNK_COLUMNS, COPY_SHIFT, GRAD_SHIFT, STEP_COLUMNS
+from .segments import Scalars, Segment
+from .triton_math import (
+    ALIGNED,
+    BLOCK,
+    CHUNK_COLUMNS,
+    COPY_SHIFT,
+    GRAD_SHIFT,
+    SHRINK,
+    STEP_COLUMNS,
+)
 
 #: Blocks a chunk, of models up to that many elements: small models need many chunks to fill the
 #: device evenly, large ones few, so that the table and the partials stay small.
@@ -43,7 +52,12 @@ class TritonUpdate:
     keeps_memory = False
 
     def __init__(
-        self, segments: Sequence[Segment], counters: Tensor, groups: GroupTable, keep: list[Any]
+        self,
+        segments: Sequence[Segment],
+        counters: Tensor,
+        groups: GroupTable,
+        rule: Rule,
+        keep: list[Any],
     ) -> None:
         self.device = device = counters.device
         self.counters = counters
@@ -54,7 +68,10 @@ class TritonUpdate:
         given = [s.grad for s in segments]
         segments = [segments[i] for i in self._order]
         self.ratios = torch.full_like(counters, torch.nan)
-        self._groups, self._keep = groups, keep
+        self._groups, self._rule, self._keep = groups, rule, keep
+        self._kernels = triton_kernels.of(rule)
+        #: the params of the rule: the others' counters and sums are not touched
+        self._own = [k for k, other in enumerate(groups.rules) if other is rule]
         self._params = [s.param for s in segments]
         self._launch = launches_on(device)
         num_params = len(counters)
@@ -62,9 +79,11 @@ class TritonUpdate:
         #: int32 [1], 0 between launches: how many programs of one have finished
         self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         #: sums of squares by chunk, by param, and of all gradients, with a flag
-        self._partials = torch.empty(4 * self._num_chunks, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(num_params, COLUMNS, dtype=torch.float64, device=device)
+        rows = max(len(rule.late) + 2, len(EARLY) if rule.early else 0)
+        self._partials = torch.empty(rows * self._num_chunks, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_params, groups.columns, dtype=torch.float64, device=device)
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
+        assert int(SHRINK) + 1 + rule.num_directions + len(rule.idle) <= int(STEP_COLUMNS)
         self._steps = torch.empty(num_params, int(STEP_COLUMNS), device=device)
         self._grad_partials: Tensor | None = None
         # A gradient that is not there yet will come in the dtype of its param.
@@ -102,7 +121,8 @@ class TritonUpdate:
         chunks += [torch.zeros_like(segment)] * (int(CHUNK_COLUMNS) - len(chunks))
         ends = torch.bincount(owner, minlength=num_params).cumsum(0)
         starts = ends - torch.bincount(owner, minlength=num_params)
-        params = [starts, ends, groups, torch.zeros_like(groups)]
+        own = int64(self._own)
+        params = [starts[own], ends[own], groups[own], own]
         flat = [torch.stack(columns, dim=1).view(-1) for columns in (chunks, params)]
         both = upload(torch.cat(flat).int(), self.device, self._keep)
         self._chunks, self._param_table = torch.split(both, [len(t) for t in flat])
@@ -157,32 +177,56 @@ class TritonUpdate:
         with self._on_device():
             for k, mask in enumerate(masks):
                 self._launch(
-                    kernels.grad_sq, (self._grad_dtype, mask is None),
+                    triton_sums.grad_sq, (self._grad_dtype, mask is None),
                     max(1, min(self._num_chunks, at_most)), *self._tables(), self._active, mask,
                     self._arrivals, self._grad_partials, self._total[k:], self._grad_dtype,
                     triton.next_power_of_2(at_most), BLOCK,
                 )  # fmt: skip
         return self._total
 
-    def moments(self, scalars: Scalars, to_reduce: bool) -> Tensor:
-        self._scalars, self._reduced = scalars, to_reduce
-        groups = self._options = self._groups.of(scalars.options)
-        clip = scalars.grad_sq if scalars.options.clip else None
-        with self._on_device():
-            if scalars.options.lr_zero:
+    def early(self) -> Tensor:
+        early = self._total.new_zeros(len(self.counters), len(EARLY))
+        if self._rule.early:
+            with_x = self._rule.early != ("g.g",)
+            with self._on_device():
                 self._launch(
-                    kernels.history, self._grad_dtype, self._num_chunks, *self._tables(),
-                    self._active, self._partials, self._grad_dtype, BLOCK,
+                    triton_sums.early_pass, (self._grad_dtype, with_x), self._num_chunks,
+                    *self._tables(), self._active, self._partials, with_x, self._grad_dtype, BLOCK,
                 )  # fmt: skip
-            norm = scalars.track_grad_norm
-            key = (self._grad_dtype, norm, clip is None, *map(_dtype, self._loss_scaling()))
+                self._launch(
+                    triton_sums.early_sums, None, len(self._own), self._param_table,
+                    self._num_chunks, self._partials, early, BLOCK,
+                )  # fmt: skip
+        return early
+
+    def moments(self, scalars: Scalars, to_reduce: bool, settled: bool) -> Tensor:
+        self._scalars, self._reduced = scalars, to_reduce
+        self._options = self._groups.of(scalars.options)
+        norm, lr_zero = scalars.track_grad_norm, scalars.options.lr_zero
+        #: states and params in one pass
+        self._once = once = settled and not self._rule.late and not lr_zero
+        with self._on_device():
+            if lr_zero:
+                at = (len(self._rule.late) + 1) * self._num_chunks
+                self._launch(
+                    triton_sums.history, (self._grad_dtype, self._num_states), self._num_chunks,
+                    *self._tables(), self._active, self._partials[at:], self._num_states,
+                    self._grad_dtype, BLOCK,
+                )  # fmt: skip
+            copy = self._copy_dtype if once else 0
             self._launch(
-                kernels.moments_pass, key, self._num_chunks, *self._tables(), groups, self.counters,
-                self._active, *self._loss_scaling(), clip, self._partials, norm,
-                self._grad_dtype, BLOCK,
+                self._kernels.moments_pass,
+                (self._grad_dtype, copy, norm, once, *self._kinds()), self._num_chunks,
+                *self._tables(), self._options, self.counters, self._active, *self._step_args(),
+                self._groups.numels, self._partials, norm, once, self._grad_dtype, copy, BLOCK,
             )  # fmt: skip
             # After the launch, behind which the host can hide it.
-            self.ratios = torch.empty_like(self.ratios)
+            alone = len(self._own) == len(self.counters)
+            self.ratios = (
+                self.ratios.new_empty(len(self.counters))
+                if alone
+                else (torch.full_like(self.ratios, torch.nan))
+            )
             if to_reduce:
                 self._norms(self.sums, add_up=True, finish=False)
         return self.sums
@@ -194,29 +238,44 @@ class TritonUpdate:
             chunks, count, table, segments = self._tables()
             if self._scalars.options.lr_zero:
                 self._launch(
-                    kernels.erase, None, count, chunks, table, segments, self._steps, BLOCK
-                )
-            self._launch(
-                kernels.apply, self._copy_dtype, count, chunks, table, segments, self._steps,
-                self._copy_dtype, BLOCK,
-            )  # fmt: skip
+                    triton_sums.erase, self._num_states, count, chunks, table, segments,
+                    self._steps, self._num_states, BLOCK,
+                )  # fmt: skip
+            if not self._once:
+                grad = self._grad_dtype if self._rule.reads_grad else 0
+                self._launch(
+                    self._kernels.apply, (self._copy_dtype, grad), count, chunks, table, segments,
+                    self._steps, grad, self._copy_dtype, BLOCK,
+                )  # fmt: skip
         if capturing(self.device):
             # What a graph has captured outlives this table, and addresses in it never change.
-            self._keep += [v for v in vars(self).values() if isinstance(v, Tensor)]
+            held = [*vars(self).values(), self._groups.numels]
+            self._keep += [v for v in held if isinstance(v, Tensor)]
             self._table = None
 
     def _norms(self, sums: Tensor, add_up: bool, finish: bool) -> None:
-        overflow, lr_zero = self._scalars.overflow, self._scalars.options.lr_zero
-        norm = self._scalars.track_grad_norm
+        norm, lr_zero = self._scalars.track_grad_norm, self._scalars.options.lr_zero
+        columns = self._groups.columns
         self._launch(
-            kernels.norms, (_dtype(overflow), norm, lr_zero, add_up, finish), len(self.counters),
-            self._param_table, self._num_chunks, self._options, self.counters, self._active,
-            overflow, self._partials, sums, self._steps, self.ratios, norm, lr_zero, add_up,
-            finish, BLOCK,
+            self._kernels.norms, (columns, norm, lr_zero, add_up, finish, *self._kinds()),
+            len(self._own), self._param_table, self._num_chunks, self._options, self.counters,
+            self._active, *self._step_args(), self._groups.numels, self._partials, sums,
+            self._steps, self.ratios, columns, norm, lr_zero, add_up, finish, BLOCK,
         )  # fmt: skip
 
-    def _loss_scaling(self) -> tuple[Tensor | None, Tensor | None]:
-        return self._scalars.loss_scale, self._scalars.overflow
+    @property
+    def _num_states(self) -> int:
+        return len(self._rule.states)
+
+    def _step_args(self) -> tuple[Tensor | None, ...]:
+        """Loss scale, overflow, the gradients' squares and the early sums; None if not needed."""
+        scalars = self._scalars
+        clip = scalars.grad_sq if scalars.options.clip else None
+        early = scalars.early if self._rule.early else None
+        return scalars.loss_scale, scalars.overflow, clip, early
+
+    def _kinds(self) -> tuple[torch.dtype | None, ...]:
+        return tuple(None if t is None else t.dtype for t in self._step_args())
 
     def _tables(self) -> tuple[Tensor, int, Tensor, int]:
         if self._table is None:
@@ -234,10 +293,6 @@ def _common(codes: Sequence[int]) -> int:
     """The code that all have, or _MIXED."""
     found = set(codes) or {0}
     return found.pop() if len(found) == 1 else _MIXED
-
-
-def _dtype(t: Tensor | None) -> torch.dtype | None:
-    return None if t is None else t.dtype
 
 
 @functools.cache

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from .. import rule
-from .eager import Work, square_sum
+from .eager import Work
 from .segments import Segment
+from .sweeps import Numbers, Sweep, product_sum
 
 
 def _runs(work: Work) -> Iterator[tuple[slice, Segment, int]]:
@@ -21,34 +21,25 @@ def _runs(work: Work) -> Iterator[tuple[slice, Segment, int]]:
         yield slice(begin, end), work.blocks[b].map(itemgetter(slice(lo, hi))), k
 
 
-def grad_sq(work: Work) -> Tensor:
-    out = torch.zeros(len(work.rows.index), dtype=torch.float64, device=work.device)
-    for rows, s, _ in _runs(work):
-        assert s.grad is not None
-        out[rows] = square_sum(s.grad.to(s.x.dtype))
-    return out
-
-
-def moments(work: Work, c: rule.Coefficients, norm: bool) -> Tensor:
-    out = torch.zeros(
-        len(work.rows.index), 3 if norm else 2, dtype=torch.float64, device=work.device
-    )
-    for rows, s, k in _runs(work):
-        assert s.grad is not None
-        g, ck = s.grad.to(s.x.dtype), c.of_param(k)
-        if norm:
-            out[rows, 2] = square_sum(g)
-        new = rule.moments(rule.gradient(g, s.x, ck), s.states, ck)
-        for state, value in zip(s.states, new):
+def _into(states: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    def put(new: Sequence[Tensor]) -> Sequence[Tensor]:
+        for state, value in zip(states, new):
             state.copy_(value)
-        out[rows, 0] = square_sum(s.x)
-        out[rows, 1] = square_sum(rule.direction(s.x, s.states, ck))
+        return states
+
+    return put
+
+
+def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
+    out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
+    for rows, s, k in _runs(work):
+        g = s.x if s.grad is None or not what.reads_grad else s.grad.to(s.x.dtype)
+        of_param = numbers.map(itemgetter(k))
+        new, pairs = what.run(g, s.x, s.states, of_param, _into(s.states))
+        for column, (a, b) in enumerate(pairs):
+            out[rows, column] = product_sum(a, b)
+        if new is not None:
+            s.x.copy_(new)
+            if s.copy is not None:
+                s.copy.copy_(s.x)
     return out
-
-
-def apply(work: Work, c: rule.Coefficients, step_size: Tensor) -> None:
-    for _, s, k in _runs(work):
-        u = rule.direction(s.x, s.states, c.of_param(k))
-        s.x.copy_(rule.apply(s.x, u, step_size[k]))
-        if s.copy is not None:
-            s.copy.copy_(s.x)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .groups import GroupOptions
 
-#: Columns of the sums that ``moments`` makes, float64 [params, COLUMNS]: squares of x, of u and of
-#: the gradient as it is; 1 where the step counts for the param.
-X_SQ, U_SQ, GRAD_SQ, UPDATED = range(4)
-COLUMNS = 4
+#: Last columns of the sums that ``moments`` makes, float64 [params, columns]: squares of the
+#: gradient as it is; 1 where the step counts for the param. Before them stand the rule's late sums.
+GRAD_SQ, UPDATED = -2, -1
 
 
 class Segment(NamedTuple):
@@ -48,6 +47,8 @@ class Scalars:
     found_inf: Tensor | None = None
     #: float64 0-d of all ranks: sum of squares of the gradients as they are, if it was asked for
     grad_sq: Tensor | None = None
+    #: float64 [params, EARLY] of all ranks: x.x, x.g, g.g of gradients as they are, if asked for
+    early: Tensor | None = None
     #: one number of any dtype, not 0 where the step must change nothing
     overflow: Tensor | None = None
 

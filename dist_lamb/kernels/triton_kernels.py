@@ -1,8 +1,8 @@
-"""The rule in Triton: one launch a phase, whatever the number of params.
+"""The rules in Triton: one launch a phase, whatever the number of params.
 
 A table of addresses describes everything that is updated: *segments* (a param's memory, or its
 piece of a flat buffer) cut into *chunks* of a few thousand elements, the work of one program. Each
-launch is one pass over the chunks::
+launch is one pass over the chunks; for LAMB::
 
     grad_sq       reads g                        only where gradients are clipped   4 bytes a param
     moments_pass  reads g, x, m, v; writes m, v; squares of x, u and g             24
@@ -10,121 +10,147 @@ launch is one pass over the chunks::
     apply         reads x, m, v; computes u again; writes x (and its copy)         16
 
 That is 40 bytes a param in float32, 44 with clipping. A bfloat16 param with a float32 master has a
-2-byte gradient and a 2-byte copy to write: 22 + 18 = 40 bytes, 42 with clipping.
+2-byte gradient and a 2-byte copy to write: 22 + 18 = 40 bytes, 42 with clipping. A rule without
+late sums is done in moments_pass; early sums take the launches early_pass and early_sums before it.
 
-A second writing of :mod:`dist_lamb.rule`, and tested against it. Sums of squares are float64, a
-partial per chunk, added up in the order of the chunks: no atomics on floats, so every run gives the
-same bits. All that may change between steps is read from tables on the device: nothing recompiles,
-nothing waits for the device, and a captured CUDA graph replays with the current lr.
+The equations are :mod:`dist_lamb.rules`: :func:`of` binds the kernels to a rule's functions. Sums
+are float64, a partial per chunk, added up in the order of the chunks: no atomics on floats, so
+every run gives the same bits. All that may change between steps is read from tables on the device:
+nothing recompiles, nothing waits for the device, and a captured CUDA graph replays with the
+current lr.
 """
 
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import triton
 import triton.language as tl
 
+from ..rules import Rule
+from ..rules.trust import clip_coefficient as _clip_coefficient
+
 # fmt: off
 from .triton_math import (
-    BETA1, BETA2, BETA3, BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, DECAY, END_CHUNK, EPS, ERASED,
-    FIRST_BLOCK, FIRST_CHUNK, FLAGS, FLOAT16, GRAD, GRAD_SHIFT, GRAD_SQ, GROUP, GROUP_COLUMNS,
-    HISTORY, L2, LOG_BETA1, LOG_BETA2, MAX_GRAD_NORM, MIXED, NUMEL, PARAM, PARAM_COLUMNS,
-    PARAM_GROUP, SCALE1, SCALE2, SEGMENT, SIGN, STEP_COLUMNS, STEP_DECAY, STEP_EPS, STEP_SIZE,
-    SUM_COLUMNS, U_SQ, UPDATED, UPDATED_COLUMN, X_SQ, M, V, X, bias_correction, clip_coefficient,
-    direction, gradient, learning_rate, load, load_any, moments, participates, store, sum_partials,
-    trust_ratio, whole_blocks,
+    BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, END_CHUNK, ERASED, FIRST_BLOCK, FIRST_CHUNK, FLAGS,
+    FLOAT16, GRAD, GRAD_SCALE, GRAD_SHIFT, GROUP, GROUP_COLUMNS, LR, MAX_GRAD_NORM, MIXED, NUMEL,
+    PARAM, PARAM_COLUMNS, PARAM_GROUP, PARAM_INDEX, SEGMENT, SHRINK, SIGN, STATE, STEP_COLUMNS,
+    UPDATED, X, learning_rate, load, load_any, participates, store, sum_partials, whole_blocks,
 )
 # fmt: on
+from .triton_rules import bound, names_of, on_device
+from .triton_sums import INTERPRETED as INTERPRETED
+from .triton_sums import jit as _jit
 
-# Nothing about the arguments, none of which is data, compiles a kernel a second time.
-_jit = functools.partial(
-    triton.jit,
-    do_not_specialize=["num_chunks", "num_segments"],
-    do_not_specialize_on_alignment=[
-        "chunks", "segments", "param_table", "groups", "counters", "active", "group_mask",
-        "loss_scale", "overflow", "arrivals", "partials", "total", "sums", "steps", "ratios",
-    ],
-)  # fmt: skip
-
-# --- the launches ---------------------------------------------------------------------------------
+clip_coefficient = on_device(_clip_coefficient)
+# The names that are defined nowhere here are a rule's: `of` brings them.
+# --- a rule's step, bound by `of` -----------------------------------------------------------------
 
 
-@triton.jit
-def _grad_sq_block(
-    g, offset, mask, code, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+def _numbers_of(group, param, t, loss_scale, total, early):
+    """(hyperparameters, early sums of scaled gradients, scale of the gradient, coefficients)."""
+    values = (learning_rate(group),)
+    for k in tl.static_range(1, NUM_H):
+        values = values + (tl.load(group + LR + k),)
+    h = Hyperparameters(*values)
+    scale = tl.load(group + SIGN)
+    inverse = tl.full([], 1.0, tl.float64)
+    if loss_scale is not None:
+        inverse = 1.0 / tl.load(loss_scale).to(tl.float64)
+        scale = scale * inverse
+    if total is not None:
+        grad_sq = tl.load(total) * inverse * inverse
+        scale = scale * clip_coefficient(grad_sq, tl.load(group + MAX_GRAD_NORM))
+    found = ()
+    if EARLY_XX:
+        found = found + (tl.load(early + param * 3),)
+    if EARLY_XG:
+        found = found + (tl.load(early + param * 3 + 1) * scale,)
+    if EARLY_GG:
+        found = found + (tl.load(early + param * 3 + 2) * scale * scale,)
+    wide = coefficients(h, t, found)
+    # float64, rounded once
+    values = ()
+    for k in tl.static_range(NUM_C):
+        values = values + (wide[k].to(tl.float32),)
+    return h, found, scale.to(tl.float32), Coefficients(*values)
+
+
+def _sweep(
+    first, last, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+    MOMENTS: tl.constexpr, APPLY: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
+    KIND: tl.constexpr, COPY_KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = load_any(g, offset, mask, code, KIND, aligned, BLOCK).to(tl.float64)
-    return g * g
-
-
-@_jit()
-def grad_sq(
-    chunks,
-    num_chunks,
-    segments,
-    num_segments,
-    active,
-    group_mask,
-    arrivals,
-    partials,
-    total,
-    KIND: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """total[0] = ||g_all||^2 here, or of the params of ``group_mask``; arrivals stays 0."""
-    program = tl.program_id(0)
-    squares = tl.zeros([BLOCK], tl.float64)
-    for at in range(program, num_chunks, tl.num_programs(0)):
-        chunk = chunks + tl.cast(at, tl.int64) * CHUNK_COLUMNS
-        segment = segments + tl.load(chunk + SEGMENT)
-        flags = tl.load(segment + FLAGS * num_segments)
-        param = tl.load(chunk + PARAM)
-        numel = tl.where(participates(active, None, param), tl.load(chunk + NUMEL), 0)
-        if group_mask is not None:
-            numel = tl.where(tl.load(group_mask + param) != 0, numel, 0)
-        offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
-        g, code = tl.load(segment + GRAD * num_segments), (flags >> GRAD_SHIFT) & 3
-        fast, every = whole_blocks(flags, numel, BLOCK)
-        for i in range(0, fast):
-            squares += _grad_sq_block(g, offset + i * BLOCK, None, code, KIND, True, BLOCK)
-        for i in range(fast, every):
+    """Blocks ``first`` to ``last`` of a chunk: MOMENTS new states and sums, APPLY a new x."""
+    g = tl.load(segment + GRAD * num_segments)
+    x = tl.load(segment + X * num_segments)
+    copy = tl.load(segment + COPY * num_segments)
+    memory = ()
+    for k in tl.static_range(NUM_STATES):
+        memory = memory + (tl.load(segment + (STATE + k) * num_segments),)
+    for i in range(first, last):
+        at = offset + i * BLOCK
+        if MASKED:
             mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-            squares += _grad_sq_block(g, offset + i * BLOCK, mask, code, KIND, False, BLOCK)
-    tl.store(partials + program, tl.sum(squares))
-    # The last program to arrive adds up, in the order of the programs: which one it is, is the
-    # only thing left to chance.
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        i = tl.arange(0, PROGRAMS)
-        found = tl.load(partials + i, mask=i < tl.num_programs(0), other=0.0, cache_modifier=".cg")
-        tl.store(total, tl.sum(found))
-        tl.store(arrivals, 0)
+        else:
+            mask = None
+        param = load(x, at, mask, tl.float32, not MASKED, BLOCK)
+        states = ()
+        for k in tl.static_range(NUM_STATES):
+            states = states + (load(memory[k], at, mask, tl.float32, not MASKED, BLOCK),)
+        grad = param
+        if MOMENTS or READS_GRAD:
+            raw = load_any(g, at, mask, (flags >> GRAD_SHIFT) & 3, KIND, not MASKED, BLOCK)
+            # g <- g * min(1, max_grad_norm / ||g_all||)
+            grad = gradient(raw * scale, param, c)
+            if NORM:
+                squares += raw.to(tl.float64) * raw.to(tl.float64)
+        if MOMENTS:
+            states = update(grad, param, states, c)
+            for k in tl.static_range(NUM_STATES):
+                store(memory[k], at, states[k], mask, tl.float32, not MASKED, BLOCK)
+        if APPLY or NUM_LATE > 0:
+            u = directions(grad, param, states, c)
+            if not APPLY:
+                pairs = sums(grad, param, states, u, c)
+                new = ()
+                for k in tl.static_range(NUM_LATE):
+                    a, b = pairs[k][0].to(tl.float64), pairs[k][1].to(tl.float64)
+                    if MASKED:  # with eps = 0 what was not read gives 0 / 0
+                        a, b = tl.where(mask, a, 0.0), tl.where(mask, b, 0.0)
+                    new = new + (totals[k] + a * b,)
+                totals = new
+            else:
+                # x <- x - (shrink * x + sum of steps_k * u_k)
+                change = u[0] * moves[1]
+                for k in tl.static_range(1, NUM_DIRECTIONS):
+                    change = change + u[k] * moves[1 + k]
+                if SHRINKS:
+                    change = change + param * moves[0]
+                _store_param(
+                    x, copy, at, param - change, mask, (flags >> COPY_SHIFT) & 3, COPY_KIND,
+                    not MASKED, BLOCK,
+                )  # fmt: skip
+    return totals, squares
 
 
 @triton.jit
-def _moments_block(
-    g, x, m, v, offset, mask, code, grad_scale, l2, beta1, beta3, beta2, beta4, scale1, scale2, eps,
-    decay, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr,
+def _store_param(
+    x, copy, at, param, mask, code, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Updates m and v; squares of x and u, float64 [BLOCK], and g as it is."""
-    raw = load_any(g, offset, mask, code, KIND, aligned, BLOCK)
-    param = load(x, offset, mask, tl.float32, aligned, BLOCK)
-    m_old = load(m, offset, mask, tl.float32, aligned, BLOCK)
-    v_old = load(v, offset, mask, tl.float32, aligned, BLOCK)
-    grad = gradient(raw, param, grad_scale, l2)
-    m_new, v_new = moments(grad, m_old, v_old, beta1, beta3, beta2, beta4)
-    store(m, offset, m_new, mask, tl.float32, aligned, BLOCK)
-    store(v, offset, v_new, mask, tl.float32, aligned, BLOCK)
-    u = direction(param, m_new, v_new, scale1, scale2, eps, decay)
-    if mask is not None:
-        u = tl.where(mask, u, 0.0)  # with eps = 0 what was not read gives 0 / 0
-    param, u = param.to(tl.float64), u.to(tl.float64)
-    return param * param, u * u, raw
+    store(x, at, param, mask, tl.float32, aligned, BLOCK)
+    if KIND == BFLOAT16:
+        store(copy, at, param, mask, tl.bfloat16, aligned, BLOCK)
+    elif KIND == FLOAT16:
+        store(copy, at, param, mask, tl.float16, aligned, BLOCK)
+    elif KIND == MIXED:
+        if code == BFLOAT16:
+            store(copy, at, param, mask, tl.bfloat16, aligned, BLOCK)
+        elif code == FLOAT16:
+            store(copy, at, param, mask, tl.float16, aligned, BLOCK)
 
 
-@_jit()
 def moments_pass(
     chunks,
     num_chunks,
@@ -136,12 +162,16 @@ def moments_pass(
     loss_scale,
     overflow,
     total,
+    early,
+    numels,
     partials,
     NORM: tl.constexpr,
+    ONCE: tl.constexpr,
     KIND: tl.constexpr,
+    COPY_KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partials of ||x||^2, ||u||^2 and ||g||^2, float64 rows [chunks]; new m and v.
+    """New states; partials of the late sums and of ||g||^2, float64 rows [chunks]. ONCE: new x too.
 
     Chunks are taken from the last to the first, against the order of the launches before and
     after: what those touched last, or will touch first, is still in the cache.
@@ -155,125 +185,47 @@ def moments_pass(
     flags = tl.load(segment + FLAGS * num_segments)
     numel = tl.where(participates(active, overflow, param), tl.load(chunk + NUMEL), 0)
     offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
-
-    # rule.coefficients, float64, rounded once
-    scale = tl.load(group + SIGN)
-    inverse = tl.full([], 1.0, tl.float64)
-    if loss_scale is not None:
-        inverse = 1.0 / tl.load(loss_scale).to(tl.float64)
-        scale = scale * inverse
-    if total is not None:
-        grad_sq = tl.load(total) * inverse * inverse
-        scale = scale * clip_coefficient(grad_sq, tl.load(group + MAX_GRAD_NORM))
-    grad_scale = scale.to(tl.float32)
-    l2 = tl.load(group + L2).to(tl.float32)
-    beta1 = tl.load(group + BETA1).to(tl.float32)
-    beta3 = tl.load(group + BETA3).to(tl.float32)
-    beta2 = tl.load(group + BETA2).to(tl.float32)
-    beta4 = (1.0 - tl.load(group + BETA2)).to(tl.float32)
-    scale1 = bias_correction(group, LOG_BETA1, t).to(tl.float32)
-    scale2 = bias_correction(group, LOG_BETA2, t).to(tl.float32)
-    eps = tl.load(group + EPS).to(tl.float32)
-    decay = tl.load(group + DECAY).to(tl.float32)
-
-    g, code = tl.load(segment + GRAD * num_segments), (flags >> GRAD_SHIFT) & 3
-    x = tl.load(segment + X * num_segments)
-    m = tl.load(segment + M * num_segments)
-    v = tl.load(segment + V * num_segments)
-    x_sq, u_sq = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-    g_sq = tl.zeros([BLOCK], tl.float64)
+    h, found, scale, c = numbers_of(group, param, t, loss_scale, total, early)
+    moves = ()
+    if ONCE:
+        wide = scales(h, t, found, (), tl.load(numels + param))
+        for k in tl.static_range(NUM_DIRECTIONS + 1):
+            moves = moves + (tl.cast(wide[1 + k], tl.float32),)
+    totals = ()
+    for _ in tl.static_range(NUM_LATE):
+        totals = totals + (tl.zeros([BLOCK], tl.float64),)
+    squares = tl.zeros([BLOCK], tl.float64)
     fast, every = whole_blocks(flags, numel, BLOCK)
-    for i in range(0, fast):
-        xx, uu, grad = _moments_block(
-            g, x, m, v, offset + i * BLOCK, None, code, grad_scale, l2, beta1, beta3, beta2, beta4,
-            scale1, scale2, eps, decay, KIND, True, BLOCK,
-        )  # fmt: skip
-        x_sq += xx
-        u_sq += uu
-        if NORM:
-            g_sq += grad.to(tl.float64) * grad.to(tl.float64)
-    for i in range(fast, every):
-        mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-        xx, uu, grad = _moments_block(
-            g, x, m, v, offset + i * BLOCK, mask, code, grad_scale, l2, beta1, beta3, beta2, beta4,
-            scale1, scale2, eps, decay, KIND, False, BLOCK,
-        )  # fmt: skip
-        x_sq += xx
-        u_sq += uu
-        if NORM:
-            g_sq += grad.to(tl.float64) * grad.to(tl.float64)
-    tl.store(partials + X_SQ * num_chunks + at, tl.sum(x_sq))
-    tl.store(partials + U_SQ * num_chunks + at, tl.sum(u_sq))
+    totals, squares = sweep(
+        0, fast, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+        True, ONCE, NORM, False, KIND, COPY_KIND, BLOCK,
+    )  # fmt: skip
+    totals, squares = sweep(
+        fast, every, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+        True, ONCE, NORM, True, KIND, COPY_KIND, BLOCK,
+    )  # fmt: skip
+    for k in tl.static_range(NUM_LATE):
+        tl.store(partials + k * num_chunks + at, tl.sum(totals[k]))
     if NORM:
-        tl.store(partials + GRAD_SQ * num_chunks + at, tl.sum(g_sq))
+        tl.store(partials + NUM_LATE * num_chunks + at, tl.sum(squares))
 
 
-@triton.jit
-def _nonzero(value):
-    return (value != 0.0).to(tl.float64)
-
-
-@_jit()
-def history(
-    chunks,
-    num_chunks,
-    segments,
-    num_segments,
-    active,
-    partials,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A partial > 0 for chunks with some g, m or v that is not 0 (or NaN)."""
-    at = tl.program_id(0)
-    chunk = chunks + at.to(tl.int64) * CHUNK_COLUMNS
-    segment = segments + tl.load(chunk + SEGMENT)
-    flags = tl.load(segment + FLAGS * num_segments)
-    offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
-    takes_part = participates(active, None, tl.load(chunk + PARAM))
-    numel = tl.where(takes_part, tl.load(chunk + NUMEL), 0)
-    g, code = tl.load(segment + GRAD * num_segments), (flags >> GRAD_SHIFT) & 3
-    m = tl.load(segment + M * num_segments)
-    v = tl.load(segment + V * num_segments)
-    count = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, (numel + BLOCK - 1) // BLOCK):
-        mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-        at_i = offset + i * BLOCK
-        count += _nonzero(load_any(g, at_i, mask, code, KIND, False, BLOCK))
-        count += _nonzero(load(m, at_i, mask, tl.float32, False, BLOCK))
-        count += _nonzero(load(v, at_i, mask, tl.float32, False, BLOCK))
-    tl.store(partials + HISTORY * num_chunks + at, tl.sum(count))
-
-
-@_jit()
-def erase(chunks, segments, num_segments, steps, BLOCK: tl.constexpr):
-    """m = v = 0 again where a step did not count: L2 decay has entered them."""
-    chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
-    segment = segments + tl.load(chunk + SEGMENT)
-    erased = tl.load(steps + tl.load(chunk + PARAM) * STEP_COLUMNS + ERASED) > 0
-    offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
-    numel = tl.where(erased, tl.load(chunk + NUMEL), 0)
-    m = tl.load(segment + M * num_segments)
-    v = tl.load(segment + V * num_segments)
-    zero = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, (numel + BLOCK - 1) // BLOCK):
-        mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-        store(m, offset + i * BLOCK, zero, mask, tl.float32, False, BLOCK)
-        store(v, offset + i * BLOCK, zero, mask, tl.float32, False, BLOCK)
-
-
-@_jit()
 def norms(
     param_table,
     num_chunks,
     groups,
     counters,
     active,
+    loss_scale,
     overflow,
+    total,
+    early,
+    numels,
     partials,
-    sums,
+    totals,
     steps,
     ratios,
+    COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
     LR_ZERO: tl.constexpr,
     SUM: tl.constexpr,
@@ -282,105 +234,93 @@ def norms(
 ):
     """One program a param. SUM: partials -> sums of this rank.
 
-    FINISH: sums of all ranks -> trust ratio, what apply needs, and the param's counter. One
-    launch where there is one rank, else two around the all-reduce of ``sums``.
+    FINISH: sums of all ranks -> scales, what apply needs, and the param's counter. One launch
+    where there is one rank, else two around the all-reduce of ``totals``.
     """
-    k = tl.program_id(0)
-    param = param_table + k * PARAM_COLUMNS
+    param = param_table + tl.program_id(0) * PARAM_COLUMNS
+    k = tl.load(param + PARAM_INDEX)
     group = groups + tl.load(param + PARAM_GROUP) * GROUP_COLUMNS
     takes_part = participates(active, overflow, k)
-    sum_row = sums + k * SUM_COLUMNS
+    row = totals + k * COLUMNS
+    late = ()
     if SUM:
         first, end = tl.load(param + FIRST_CHUNK), tl.load(param + END_CHUNK)
-        x_sq = sum_partials(partials + X_SQ * num_chunks, first, end, BLOCK)
-        u_sq = sum_partials(partials + U_SQ * num_chunks, first, end, BLOCK)
+        for i in tl.static_range(NUM_LATE):
+            late = late + (sum_partials(partials + i * num_chunks, first, end, BLOCK),)
         counts = takes_part
         if LR_ZERO:
             # A dummy step with lr = 0 and zero gradients leaves no trace: EagerUpdate._counts.
-            history = sum_partials(partials + HISTORY * num_chunks, first, end, BLOCK) > 0
-            counts = counts & ((learning_rate(group) != 0) | history)
+            seen = sum_partials(partials + (NUM_LATE + 1) * num_chunks, first, end, BLOCK) > 0
+            counts = counts & ((learning_rate(group) != 0) | seen)
         updated = counts.to(tl.float64)
-        tl.store(sum_row + X_SQ, x_sq)
-        tl.store(sum_row + U_SQ, u_sq)
+        for i in tl.static_range(NUM_LATE):
+            tl.store(row + i, late[i])
         if NORM:
-            g_sq = sum_partials(partials + GRAD_SQ * num_chunks, first, end, BLOCK)
-            tl.store(sum_row + GRAD_SQ, g_sq)
-        tl.store(sum_row + UPDATED_COLUMN, updated)
+            g_sq = sum_partials(partials + NUM_LATE * num_chunks, first, end, BLOCK)
+            tl.store(row + COLUMNS - 2, g_sq)
+        tl.store(row + COLUMNS - 1, updated)
     else:
-        x_sq = tl.load(sum_row + X_SQ)
-        u_sq = tl.load(sum_row + U_SQ)
-        updated = tl.load(sum_row + UPDATED_COLUMN)
+        for i in tl.static_range(NUM_LATE):
+            late = late + (tl.load(row + i),)
+        updated = tl.load(row + COLUMNS - 1)
     if FINISH:
         is_updated = updated > 0
-        rho = trust_ratio(x_sq, u_sq, group)
         counter = tl.load(counters + k)
         t = counter.to(tl.float64) + 1.0
+        h, found, scale, c = numbers_of(group, k, t, loss_scale, total, early)
+        wide = scales(h, t, found, late, tl.load(numels + k))
         step = steps + k * STEP_COLUMNS
-        tl.store(step + SCALE1, bias_correction(group, LOG_BETA1, t).to(tl.float32))
-        tl.store(step + SCALE2, bias_correction(group, LOG_BETA2, t).to(tl.float32))
-        tl.store(step + STEP_EPS, tl.load(group + EPS).to(tl.float32))
-        tl.store(step + STEP_DECAY, tl.load(group + DECAY).to(tl.float32))
-        tl.store(step + STEP_SIZE, (learning_rate(group) * rho).to(tl.float32))
         tl.store(step + UPDATED, is_updated.to(tl.float32))
         tl.store(step + ERASED, (takes_part & (updated <= 0)).to(tl.float32))
+        tl.store(step + GRAD_SCALE, scale)
+        for i in tl.static_range(NUM_DIRECTIONS + 1):
+            tl.store(step + SHRINK + i, tl.cast(wide[1 + i], tl.float32))
+        for i in tl.static_range(NUM_C):
+            tl.store(step + SHRINK + 1 + NUM_DIRECTIONS + i, c[i])
         tl.store(counters + k, tl.where(is_updated, counter + 1.0, counter))
-        tl.store(ratios + k, tl.where(is_updated, rho, float("nan")).to(tl.float32))
+        tl.store(ratios + k, tl.where(is_updated, wide[0], float("nan")).to(tl.float32))
 
 
-@triton.jit
-def _apply_block(
-    x, m, v, copy, offset, mask, code, scale1, scale2, eps, decay, step_size,
-    KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    param = load(x, offset, mask, tl.float32, aligned, BLOCK)
-    m = load(m, offset, mask, tl.float32, aligned, BLOCK)
-    v = load(v, offset, mask, tl.float32, aligned, BLOCK)
-    # x <- x - lr * rho * u
-    param = param - direction(param, m, v, scale1, scale2, eps, decay) * step_size
-    store(x, offset, param, mask, tl.float32, aligned, BLOCK)
-    if KIND == BFLOAT16:
-        store(copy, offset, param, mask, tl.bfloat16, aligned, BLOCK)
-    elif KIND == FLOAT16:
-        store(copy, offset, param, mask, tl.float16, aligned, BLOCK)
-    elif KIND == MIXED:
-        if code == BFLOAT16:
-            store(copy, offset, param, mask, tl.bfloat16, aligned, BLOCK)
-        elif code == FLOAT16:
-            store(copy, offset, param, mask, tl.float16, aligned, BLOCK)
-
-
-@_jit()
 def apply(
-    chunks, segments, num_segments, steps, KIND: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """x <- x - lr * rho * u, and the low-precision copies."""
+    chunks,
+    segments,
+    num_segments,
+    steps,
+    KIND: tl.constexpr,
+    COPY_KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x <- x - (shrink * x + sum of steps_k * u_k), and the low-precision copies."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
     segment = segments + tl.load(chunk + SEGMENT)
     step = steps + tl.load(chunk + PARAM) * STEP_COLUMNS
     offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
     flags = tl.load(segment + FLAGS * num_segments)
     numel = tl.where(tl.load(step + UPDATED) > 0, tl.load(chunk + NUMEL), 0)
-    code = (flags >> COPY_SHIFT) & 3
-    scale1, scale2 = tl.load(step + SCALE1), tl.load(step + SCALE2)
-    eps, decay = tl.load(step + STEP_EPS), tl.load(step + STEP_DECAY)
-    step_size = tl.load(step + STEP_SIZE)
-    x = tl.load(segment + X * num_segments)
-    m = tl.load(segment + M * num_segments)
-    v = tl.load(segment + V * num_segments)
-    copy = tl.load(segment + COPY * num_segments)
+    moves = ()
+    for k in tl.static_range(NUM_DIRECTIONS + 1):
+        moves = moves + (tl.load(step + SHRINK + k),)
+    values = ()
+    for k in tl.static_range(NUM_C):
+        values = values + (tl.load(step + SHRINK + 1 + NUM_DIRECTIONS + k),)
+    c, scale = Coefficients(*values), tl.load(step + GRAD_SCALE)
+    squares = tl.zeros([BLOCK], tl.float64)
     fast, every = whole_blocks(flags, numel, BLOCK)
-    for i in range(0, fast):
-        _apply_block(
-            x, m, v, copy, offset + i * BLOCK, None, code, scale1, scale2, eps, decay, step_size,
-            KIND, True, BLOCK,
-        )  # fmt: skip
-    for i in range(fast, every):
-        mask = tl.arange(0, BLOCK) < numel - i * BLOCK
-        _apply_block(
-            x, m, v, copy, offset + i * BLOCK, mask, code, scale1, scale2, eps, decay, step_size,
-            KIND, False, BLOCK,
-        )  # fmt: skip
+    sweep(
+        0, fast, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+        False, True, False, False, KIND, COPY_KIND, BLOCK,
+    )  # fmt: skip
+    sweep(
+        fast, every, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+        False, True, False, True, KIND, COPY_KIND, BLOCK,
+    )  # fmt: skip
 
 
-#: Whether the kernels run in Triton's interpreter, on the CPU.
-INTERPRETED = not isinstance(apply, triton.JITFunction)
+@functools.cache
+def of(rule: Rule) -> SimpleNamespace:
+    """moments_pass, norms and apply of one rule."""
+    names = names_of(rule)
+    inner = {"numbers_of": bound(_numbers_of, **names), "sweep": bound(_sweep, **names)}
+    return SimpleNamespace(
+        **{f.__name__: bound(f, _jit(), **names, **inner) for f in (moments_pass, norms, apply)}
+    )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..kernels.segments import Segment
+from ..rules import RULES, Rule
 from ..state import (
     MASTER,
-    MOMENTS,
     as_laid_out,
     flat_row,
     is_dense,
@@ -32,6 +32,8 @@ from .settings import Settings
 ABSENT = -0.0
 #: What :meth:`FlatBuffers.gather_state` calls the gradients.
 GRADS = "grads"
+#: dtype of params and names of their states
+_Kind: TypeAlias = tuple[torch.dtype, tuple[str, ...]]
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -43,7 +45,8 @@ def spec_of(name: str, p: Tensor) -> ParamSpec:
 
 @dataclass(frozen=True)
 class _Bank:
-    """This rank's shards of all buckets of one dtype, one after the other: [tiles, TILE] each."""
+    """This rank's shards of all buckets of one dtype and one set of states, one after the other:
+    [tiles, TILE] each."""
 
     grads: Tensor
     states: dict[str, Tensor]  # by name; a master only where the params have less precision
@@ -96,8 +99,11 @@ class FlatBuffers:
         comm: Comm,
         reduce_dtype: torch.dtype | None = None,
         summed: bool = False,
+        rules: Sequence[Rule] | None = None,
     ) -> None:
         self.layout = layout
+        #: by param
+        self.rules = list(rules or repeat(RULES["lamb"], len(params)))
         self._extents = layout.extents(comm.rank)
         # At most one each: a param is in one bucket, and a shard of that is contiguous.
         self._extent_of = {extent.param: extent for extent in self._extents}
@@ -133,41 +139,57 @@ class FlatBuffers:
         self.empty = frozenset(j for j, spec in enumerate(layout.params) if not spec.numel)
 
     @staticmethod
-    def of(named: Sequence[tuple[str, Tensor]], comm: Comm, settings: Settings) -> FlatBuffers:
+    def of(
+        named: Sequence[tuple[str, Tensor]],
+        rule_of: Mapping[Tensor, Rule],
+        comm: Comm,
+        settings: Settings,
+    ) -> FlatBuffers:
         """Buffers of these params, bucketed from the last to the first."""
-        specs = [spec_of(name, p) for name, p in named]
+        params = [p for _, p in named]
+        rules = [rule_of[p] for p in params]
+        specs = [
+            replace(spec_of(name, p), states=tuple(rule.states))
+            for (name, p), rule in zip(named, rules)
+        ]
         layout = Layout.plan(specs, comm.world_size, settings.bucket_numel)
         summed = settings.accumulate == "sharded"
-        return FlatBuffers(layout, [p for _, p in named], comm, settings.reduce_dtype, summed)
+        return FlatBuffers(layout, params, comm, settings.reduce_dtype, summed, rules)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
-    def _make_banks(self) -> dict[torch.dtype, _Bank]:
-        tiles: dict[torch.dtype, int] = {}
-        for b, whole in zip(self.layout.buckets, self.buckets):
-            tiles[whole.dtype] = tiles.get(whole.dtype, 0) + b.tiles_per_shard
+    def _kind(self, n: int) -> _Kind:
+        """What the params of bucket ``n`` have in common."""
+        dtype = self.buckets[n].dtype
+        return dtype, states_of(dtype, self.rules[self.layout.buckets[n].params[0]])
+
+    def _make_banks(self) -> dict[_Kind, _Bank]:
+        tiles: dict[_Kind, int] = {}
+        for n, b in enumerate(self.layout.buckets):
+            kind = self._kind(n)
+            tiles[kind] = tiles.get(kind, 0) + b.tiles_per_shard
         banks = {}
-        for dtype, count in tiles.items():
+        for (dtype, names), count in tiles.items():
             kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
             grads = self._zeros(count * TILE, kept).view(-1, TILE)
             states = {
-                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE)
-                for name in states_of(dtype)
+                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE) for name in names
             }
-            banks[dtype] = _Bank(grads, states)
+            banks[dtype, names] = _Bank(grads, states)
         return banks
 
     def _travelling_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if self._reduce_dtype is None else self._reduce_dtype
 
     def _make_shards(self) -> Iterator[Shard]:
-        used: dict[torch.dtype, int] = {}
+        used: dict[_Kind, int] = {}
         for n, (b, whole) in enumerate(zip(self.layout.buckets, self.buckets)):
-            start = used.get(whole.dtype, 0)
+            kind = self._kind(n)
+            start = used.get(kind, 0)
             mine = slice(start, start + b.tiles_per_shard)
-            used[whole.dtype] = mine.stop
-            bank, rank = self.banks[whole.dtype], self._comm.rank
+            used[kind] = mine.stop
+            bank, rank = self.banks[kind], self._comm.rank
             ends = [e.shard_start + e.numel for e in self._extents if e.bucket == n]
             yield Shard(
                 params=whole.view(self._comm.world_size, b.tiles_per_shard, TILE)[rank],
@@ -186,9 +208,9 @@ class FlatBuffers:
             shard = self.shards[e.bucket]
             grad, params = _rows(shard.grads, e), _rows(shard.params, e)
             states = {name: _rows(state, e) for name, state in shard.states.items()}
-            moments, master = tuple(states[name] for name in MOMENTS), states.get(MASTER)
+            own, master = tuple(states[n] for n in self.rules[e.param].states), states.get(MASTER)
             x, copy = (params, None) if master is None else (master, params)
-            found.append(Segment(index_of[e.param], grad, x, moments, copy))
+            found.append(Segment(index_of[e.param], grad, x, own, copy))
         return found
 
     # --- params ----------------------------------------------------------------------------------
@@ -324,8 +346,8 @@ class FlatBuffers:
         read off the gradients that have been summed over ranks."""
         if self._first_tiles is None:
             self._first_tiles = []
-            for dtype, bank in self.banks.items():
-                mine = [e for e in self._extents if self.params[e.param].dtype == dtype]
+            for kind, bank in self.banks.items():
+                mine = [e for e in self._extents if self._kind(e.bucket) == kind]
                 rows = [_rows(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
                 at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
                 self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
@@ -351,9 +373,11 @@ class FlatBuffers:
         """This rank's part of each state of param i, 1-D in memory order: views, maybe empty."""
         extent, dtype = self._extent_of.get(i), self.params[i].dtype
         if extent is None:
-            return {name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype)}
+            return {
+                name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype, self.rules[i])
+            }
         states = self.shards[extent.bucket].states
-        return {name: _flat(states[name], extent) for name in states_of(dtype)}
+        return {name: _flat(states[name], extent) for name in states_of(dtype, self.rules[i])}
 
     def owned(self, i: int) -> OwnedRange:
         """This rank's part of param i itself and of its states."""

@@ -28,6 +28,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: str
+    states: tuple[str, ...] = ()  # params of one bucket have the same
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.stride) or min(self.shape, default=0) < 0:
@@ -59,7 +60,7 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Params flattened together, all of one dtype: the unit of communication."""
+    """Params of one dtype and one set of states, flattened together: the unit of communication."""
 
     dtype: str
     params: tuple[int, ...]
@@ -89,11 +90,11 @@ class Layout:
         if world_size < 1 or bucket_numel < 1:
             raise ValueError(f"world_size {world_size} and bucket_numel {bucket_numel} must be > 0")
         buckets: list[Bucket] = []
-        for dtype in dict.fromkeys(p.dtype for p in reversed(params)):
+        for kind in dict.fromkeys((p.dtype, p.states) for p in reversed(params)):
             pending: list[int] = []
             tiles = 0
             for i in reversed(range(len(params))):
-                if params[i].dtype != dtype or not params[i].numel:
+                if (params[i].dtype, params[i].states) != kind or not params[i].numel:
                     continue
                 if pending and (tiles + params[i].tiles) * TILE > bucket_numel:
                     buckets.append(_bucket(params, pending, world_size))
