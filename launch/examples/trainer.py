@@ -1,0 +1,52 @@
+"""Hugging Face's Trainer with Lamb: alone, under DDP, with FSDP2, or with DeepSpeed's JSON.
+
+python launch/examples/trainer.py runs/trainer
+torchrun --standalone --nproc-per-node 2 launch/examples/trainer.py runs/trainer
+torchrun --standalone --nproc-per-node 2 launch/examples/trainer.py runs/trainer fsdp
+torchrun --standalone --nproc-per-node 2 launch/examples/trainer.py runs/trainer deepspeed
+
+Started again with the same folder, it goes on from its last checkpoint.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from dist_lamb import Lamb
+
+DEEPSPEED = str(Path(__file__).with_name("trainer_deepspeed.json"))
+
+
+def main(folder: str, mode: str = "", steps: int = 40) -> Trainer:
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=128, intermediate_size=128, **size))
+    text = torch.arange(256 * 16).view(256, 16) * 7 % 128
+    masked = torch.where(torch.arange(16) % 5 == 2, 1, text)  # 1 is [MASK]
+    data = [{"input_ids": x, "labels": y} for x, y in zip(masked, text)]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        lr_scheduler_type="linear",
+        weight_decay=0.01,  # of matrices; Trainer puts biases and norms in a group without
+        save_steps=20,
+        logging_steps=5,
+        report_to=[],
+        fsdp=mode == "fsdp",
+        fsdp_config={"version": 2} if mode == "fsdp" else None,
+        deepspeed=DEEPSPEED if mode == "deepspeed" else None,
+    )
+    # The class, which Trainer calls after it has sharded the model; the lr schedule is its own.
+    options = {} if mode == "deepspeed" else {"optimizer_cls_and_kwargs": (Lamb, {"lr": 1e-2})}
+    trainer = Trainer(model, arguments, train_dataset=data, **options)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
