@@ -60,7 +60,7 @@ def _two_ranks(rank: int, world: int, folder: Path) -> Any:
     zero2 = example("zero2")
     whole = zero2.main("cpu", str(folder / "whole"))
     learned(whole, 0.8)
-    begun = zero2.main("cpu", str(folder / "cut"), steps=25)
+    begun = zero2.main("cpu", str(folder / "cut"), steps=20)
     resumed = zero2.main("cpu", str(folder / "cut"))
     assert begun + resumed == whole
     assert zero2.main("cpu", str(folder / "cut")) == []
@@ -168,6 +168,42 @@ def _trainers(rank: int, world: int, port: int, folder: Path) -> None:
     assert resumed.state.global_step == 40
     for name, p in resumed.model.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+def _fsdp(rank: int, world: int, port: int, folder: Path) -> None:
+    import accelerate.state
+    from torch.distributed.tensor import DTensor
+
+    as_torchrun(rank, world, port)
+
+    class Types:
+        """Accelerate takes DDP for FSDP on CPUs, since they are not in its list of devices."""
+
+        def __getattr__(self, name: str) -> Any:
+            name = "MULTI_CPU" if name == "MULTI_NEURON" else name
+            return getattr(accelerate.utils.DistributedType, name)
+
+    accelerate.state.DistributedType = Types()
+    trainer = example("trainer")
+    done = trainer.main(str(folder / "fsdp"), "fsdp")
+    assert all(isinstance(p, DTensor) for p in done.model_wrapped.parameters())
+    losses = [entry["loss"] for entry in done.state.log_history if "loss" in entry]
+    learned(losses, 0.95)
+    before = {n: p.full_tensor() for n, p in done.model_wrapped.named_parameters()}
+    if rank == 0:
+        (folder / "fsdp" / "checkpoint-40").rename(folder / "fsdp-away")
+    dist.barrier()
+    resumed = trainer.main(str(folder / "fsdp"), "fsdp")
+    assert resumed.state.global_step == 40
+    for name, p in resumed.model_wrapped.named_parameters():
+        assert torch.equal(p.full_tensor(), before[name]), name
+
+
+def test_trainer_with_fsdp_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    (tmp_path / "runs").mkdir()
+    run_ranks(2, tmp_path, _fsdp, free_port(), tmp_path / "runs", timeout=240)
 
 
 def test_accelerate_and_trainer_on_two_ranks(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def main(device: str, folder: str, steps: int = 60, micro_batches: int = 2) -> l
         opt.zero_grad()
         scheduler.step()
         losses.append(float(loss))
-    checkpoint.save(folder, steps, model, opt, stateful={"lr": scheduler}, keep=2)
+        if step % 20 == 19:
+            checkpoint.save(folder, step + 1, model, opt, stateful={"lr": scheduler}, keep=2)
     ratios = {name: round(float(ratio), 3) for name, ratio in opt.trust_ratios().items()}
     if dist.get_rank() == 0 and losses:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, trust ratios {ratios}")
