@@ -20,7 +20,7 @@ def run_ranks(
     tmp_path: Path,
     fn: Callable[..., Any],
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 400.0,
     backend: str = "gloo",
 ) -> list[Any]:
     """``[fn(rank, world, *args) for each rank]``, each in a process of its own.
@@ -137,7 +137,7 @@ def _main(
             store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=300),
             device_id=device,
         )
         # One compiler process a rank is plenty; a pool of them would outlive the test's timeout.
