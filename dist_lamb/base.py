@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import foreign, options, step
+from .deepspeed_marks import GivenParams
 from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
@@ -113,6 +114,7 @@ class LambBase(Optimizer):
         #: of the last step: (device, trust ratios, sums) of each Update; None before the first
         self._last: tuple[list[_Result], Scalars | None] | None = None
         self._unfinished = False
+        self._given = GivenParams()
         #: names that params were given, by id
         self._named: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
@@ -131,6 +133,7 @@ class LambBase(Optimizer):
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
                 raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")
+            self._given.add(group["params"])
         except Exception:
             # A refused group must not stay behind half added.
             del self.param_groups[-1]

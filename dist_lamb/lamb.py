@@ -234,6 +234,7 @@ class Lamb(LambBase):
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
+        self._given.refuse_deepspeed("Lamb", (p for _, p in stepped))
         for i, p in stepped:
             assert p.grad is not None
             if p.grad.is_sparse or p.grad.layout != torch.strided:

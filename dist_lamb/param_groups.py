@@ -86,3 +86,25 @@ def _selected(
             raise ValueError(f"{what}: pattern {pattern!r} matches no param")
         found |= matching
     return found
+
+
+def without_decay_1d(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Params, ``(name, param)`` pairs or groups of either, as groups: what has fewer than two dims
+    in one with weight decay 0, but for groups that have a ``weight_decay`` of their own."""
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        if "weight_decay" in group:
+            made.append(group)
+            continue
+        of = group["params"]
+        members = [of] if isinstance(of, Tensor) else list(of)
+        flat = [len(_logical_shape(m if isinstance(m, Tensor) else m[1])) < 2 for m in members]
+        decayed = [m for m, is_flat in zip(members, flat) if not is_flat]
+        plain = [m for m, is_flat in zip(members, flat) if is_flat]
+        if decayed:
+            made.append({**group, "params": decayed})
+        if plain:
+            made.append({**group, "params": plain, "weight_decay": 0.0})
+    return made

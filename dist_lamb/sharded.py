@@ -212,6 +212,7 @@ class ShardedLamb(LambBase):
     def _build(self) -> tuple[ShardedState, ParamGatherer]:
         """The buffers, at first use: frameworks move params after making the optimizer."""
         if self._kept is None or self._gatherer is None:
+            self._given.refuse_deepspeed("ShardedLamb", self._all_params())
             named = {
                 id(p): (name, p)
                 for name, p in chain.from_iterable(self.named_groups())

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,28 @@ import pytest
 
 # Every pytest worker computes on small tensors: threads would only fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile what tests marked ``deepspeed_ops`` load, before the first test's clock runs."""
+    if not any(item.get_closest_marker("deepspeed_ops") for item in session.items):
+        return
+    from pretraining import deepspeed_ops
+
+    try:
+        ready = any(deepspeed_ops.extensions_dir().glob(f"*/{deepspeed_ops.COMPLETE}"))
+    except ImportError:  # no deepspeed: the tests say so
+        return
+    if not ready:
+        program = "from pretraining import deepspeed_ops; deepspeed_ops.load_shared_memory_op()"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            warnings.warn(f"DeepSpeed's operations do not compile:\n{done.stderr}", stacklevel=1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_lamb import Lamb
-from dist_lamb.deepspeed_adapter import DeepSpeedLamb, recommended_config
+from dist_lamb.deepspeed_adapter import DeepSpeedLamb, recommended_config, register
+from dist_lamb.deepspeed_marks import GivenParams
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {"lr": 0.02}
@@ -83,6 +85,9 @@ class Case:
     frozen: Sequence[str] = ()
     decay_lr: bool = False
     naive: bool = False
+    #: made by DeepSpeed, of what its JSON says, from param groups or from all params of the model
+    by_name: bool = False
+    ungrouped: bool = False
     #: the model is float32 until DeepSpeed converts it
     convert: bool = False
 
@@ -101,7 +106,21 @@ class Case:
             made["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
         if self.offload:
             made["zero_optimization"]["offload_optimizer"]["pin_memory"] = False
-        return made | dict(self.config)
+        if self.by_name:
+            register()
+            made.pop("zero_allow_untested_optimizer")
+            made.pop("zero_force_ds_cpu_optimizer", None)
+            params = {**OPTIONS, **self.options}
+            if self.ungrouped:
+                params |= {"weight_decay": 0.05, "no_decay_1d": True}
+            made["optimizer"] = {"type": "DeepSpeedLamb", "params": params}
+        return json.loads(json.dumps(made | dict(self.config)))
+
+    def groups(self, params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        groups = models.groups_of(params)
+        if self.ungrouped:
+            groups[1].pop("trust_clip")
+        return groups
 
     def gradients(self, values: Values, t: int, rank: int, world: int) -> Values:
         """This rank's; their mean over ranks is exact but for a division by 3."""
@@ -140,16 +159,27 @@ class Run:
         groups = models.groups_of(self.start)
         for group in groups:
             group["params"] = [(n, params[n]) for n, _ in group["params"]]
-        kind = Lamb if case.naive else DeepSpeedLamb
-        self.optimizer: Any = kind(groups, **{**OPTIONS, **case.options})
-        scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, case.lr_factor)
+        made: Any = None
+        if not case.by_name:
+            kind = Lamb if case.naive else DeepSpeedLamb
+            made = kind(groups, **{**OPTIONS, **case.options})
+        if case.naive:
+            made._given = GivenParams()  # as any other LAMB, it knows nothing of DeepSpeed
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=self.optimizer,
+            optimizer=made,
+            model_parameters=groups if case.by_name and not case.ungrouped else None,
             config=config,
-            lr_scheduler=scheduler if case.decay_lr else None,
+            lr_scheduler=self._scheduler if case.decay_lr else None,
         )
         self.model = model
+        self.optimizer: Any = self.engine.basic_optimizer
+        if case.by_name:
+            assert type(self.optimizer) is DeepSpeedLamb
+            self.optimizer.bind(self.engine)
+
+    def _scheduler(self, optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, self.case.lr_factor)
 
     def train(self, steps: range = range(STEPS)) -> Run:
         for t in steps:
@@ -200,7 +230,10 @@ class Run:
             self.engine.optimizer.refresh_fp32_params()
 
     def ratios(self) -> dict[str, float]:
-        return {n: float(r) for n, r in self.optimizer.trust_ratios().items()}
+        # The engine has names of its own for those that were given without.
+        ours = {f"held.{short}.weight": n for n, short in self.model.short.items()}
+        found = self.optimizer.trust_ratios()
+        return {ours.get(n, n): float(r) for n, r in found.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must bring back: every tensor of the state, and every counter."""
@@ -218,7 +251,7 @@ def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str,
     params = {n: nn.Parameter(v.clone()) for n, v in start_values(dtype).items()}
     options = {**OPTIONS, **case.options}
     options.setdefault("max_grad_norm", case.clip)
-    optimizer = Lamb(models.groups_of(params), **options)
+    optimizer = Lamb(case.groups(params), **options)
     for t in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = OPTIONS["lr"] * case.lr_factor(t)

@@ -27,6 +27,17 @@ EXACT = {
     "1": Case(1),
     "2": Case(2),
     "3": Case(**CLIPPED_3),
+    "0 by name": Case(0, by_name=True),
+    "0 by name, ungrouped": Case(0, by_name=True, ungrouped=True),
+    "1 by name, lr schedule": Case(1, by_name=True, decay_lr=True),
+    "1 by name, offloaded": Case(1, by_name=True, offload=True),
+    "2 by name": Case(2, by_name=True),
+    "2 by name, offloaded, ungrouped": Case(2, by_name=True, offload=True, ungrouped=True),
+    "3 by name": Case(**CLIPPED_3, by_name=True),
+    "3 by name, zero.Init, ungrouped": Case(
+        **CLIPPED_3, by_name=True, zero_init=True, ungrouped=True
+    ),
+    "3 by name, offloaded": Case(**CLIPPED_3, by_name=True, offload=True),
     "3 intermittent": Case(**UNCLIPPED_3),
     "1 round robin": Case(1, zero={"round_robin_gradients": True}),
     "2 round robin": Case(2, zero={"round_robin_gradients": True}),
@@ -47,11 +58,14 @@ EXACT = {
 NAIVE = {f"{stage} naive": Case(stage, naive=True, absent_at={}) for stage in (1, 2, 3)}
 
 ON_TWO = (
-    *("0", "2 overlapping, lr schedule", "3 intermittent", "1 round robin", "3 zero.Init"),
-    *("1 offloaded", "3 offloaded", "2 accumulated", "3 frozen", "2 max_grad_norm"),
-    *("3 max_grad_norm", "1 naive", "2 naive"),
+    *("0 by name, ungrouped", "2 overlapping, lr schedule", "3 intermittent", "1 round robin"),
+    *("1 by name, offloaded", "3 by name, zero.Init, ungrouped", "3 offloaded", "2 accumulated"),
+    *("3 frozen", "2 max_grad_norm", "3 max_grad_norm", "1 naive", "2 naive"),
 )
-ON_THREE = ("1", "2", "3", "3 intermittent", "3 sub-groups", "3 naive")
+ON_THREE = (
+    *("1 by name, lr schedule", "2 by name, offloaded, ungrouped", "3 by name, offloaded"),
+    *("2", "3 intermittent", "3 sub-groups", "3 naive"),
+)
 
 
 def _train(rank: int, world: int, cases: dict[str, Case]) -> dict[str, Any]:
@@ -100,18 +114,38 @@ def test_equal_to_unsharded(tmp_path: Path, world: int, names: Sequence[str]) ->
 
 BF16 = {
     "0": Case(0, "bf16"),
-    "1 BF16_Optimizer": Case(1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}),
-    "2 converted": Case(2, "bf16", convert=True),
+    "1 BF16_Optimizer": Case(
+        1, "bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}, by_name=True
+    ),
+    "2 converted": Case(2, "bf16", convert=True, by_name=True),
     "2 offloaded": Case(2, "bf16", offload=True),
-    "3 sub-groups": Case(3, "bf16", absent_at={}, zero={"sub_group_size": 2000}),
+    "3 sub-groups": Case(3, "bf16", absent_at={}, zero={"sub_group_size": 2000}, by_name=True),
+}
+#: and what the others leave out of dtype x stage x offload, by name
+BF16_ALL = BF16 | {
+    f"{stage} {'offloaded ' * offload}by name": Case(
+        stage, "bf16", by_name=True, offload=offload, absent_at={}
+    )
+    for stage in range(4)
+    for offload in (False, True)
+    if stage or not offload
 }
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        (2, BF16),
+        pytest.param(2, BF16_ALL, marks=pytest.mark.slow),
+        pytest.param(3, BF16_ALL, marks=pytest.mark.slow),
+    ],
+    ids=["2 ranks", "2 ranks, all", "3 ranks, all"],
+)
+def test_bfloat16(tmp_path: Path, world: int, cases: dict[str, Case]) -> None:
     """Float32 masters behind bfloat16 params: the same at every stage, to bfloat16's rounding."""
-    ranks = run_ranks(2, tmp_path, _train, BF16, timeout=280)
-    for name, case in BF16.items():
-        want, want_ratios = plain(case, 2)
+    ranks = run_ranks(world, tmp_path, _train, cases, timeout=280)
+    for name, case in cases.items():
+        want, want_ratios = plain(case, world)
         got, ratios = ranks[0][name]
         error = worst_error(got, want)
         if case.absent_at:

@@ -389,6 +389,7 @@ def test_torchrun_ends_with_the_message(
 
 
 @pytest.mark.xdist_group("distributed")
+@pytest.mark.deepspeed_ops
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed(

@@ -1,9 +1,13 @@
 """LAMB as a DeepSpeed client optimizer, exact under ZeRO-0, 1, 2 and 3.
 
-    optimizer = DeepSpeedLamb(param_groups(model), lr=1e-3)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=recommended_config(stage=2) | {...}
-    )
+    register()  # once, on every rank
+    config = recommended_config(stage=2) | {
+        "optimizer": {"type": "DeepSpeedLamb", "params": {"lr": 6e-3, "no_decay_1d": True}}
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+
+or with an instance, ``optimizer=DeepSpeedLamb(param_groups(model), lr=6e-3)``, and no "optimizer"
+in the config.
 
 DeepSpeed hands an optimizer flat slices of many joined params. A rule that works tensor by tensor
 then takes each slice for one tensor: another algorithm, and no error. Here every ``step()`` finds
@@ -14,5 +18,6 @@ the whole params: one all-reduce per ``step()`` and process group.
 from .config import check_config, recommended_config
 from .layouts import UnknownLayout
 from .optimizer import DeepSpeedLamb
+from .registration import register
 
-__all__ = ["DeepSpeedLamb", "UnknownLayout", "check_config", "recommended_config"]
+__all__ = ["DeepSpeedLamb", "UnknownLayout", "check_config", "recommended_config", "register"]

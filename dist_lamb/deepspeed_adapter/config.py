@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from .optimizer import DeepSpeedLamb
+
 
 def recommended_config(
     stage: int,
@@ -13,7 +17,8 @@ def recommended_config(
     gradient_clipping: float = 1.0,
     offload_optimizer: bool = False,
 ) -> dict[str, Any]:
-    """The part of DeepSpeed's config that a DeepSpeedLamb wants; batch sizes are to be added.
+    """The part of DeepSpeed's config that a DeepSpeedLamb wants; batch sizes are to be added, and
+    "optimizer" if it is to be made by name.
 
     Args:
         stage: 0, 1, 2 or 3.
@@ -28,7 +33,7 @@ def recommended_config(
     zero: dict[str, Any] = {"stage": stage}
     config: dict[str, Any] = {
         "zero_optimization": zero,
-        # DeepSpeed's list of optimizers it knows has no other entry for a client's.
+        # For an instance without register(), which puts the class on DeepSpeed's list.
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": gradient_clipping,
         # The sum over many ranks in bfloat16 would lose most of its 8 bits.
@@ -45,33 +50,36 @@ def recommended_config(
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:
-    """What in a DeepSpeed config (its JSON as a dict) is in a DeepSpeedLamb's way, in words."""
+    """What in a DeepSpeed config (its JSON as a dict) would change a DeepSpeedLamb without a word.
+
+    What DeepSpeed or the optimizer refuse by themselves is not among it.
+    """
     zero = config.get("zero_optimization", {})
     stage, found = zero.get("stage", 0), []
-    if "optimizer" in config:
+    named = config.get("optimizer", {}).get("type")
+    if named is not None and getattr(torch.optim, named, None) is not DeepSpeedLamb:
         found.append(
-            "remove 'optimizer': DeepSpeed would make that one and not take the DeepSpeedLamb "
-            "(its own 'Lamb' is another rule, without ZeRO)"
+            f"'optimizer' names {named!r}, which is no DeepSpeedLamb (call register() first and "
+            "take its name); if an optimizer is passed to deepspeed.initialize, that one is used, "
+            "and these params are not"
         )
-    if stage and not config.get("zero_allow_untested_optimizer"):
-        found.append("set zero_allow_untested_optimizer = true: DeepSpeed refuses it otherwise")
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-        found.append("set zero_force_ds_cpu_optimizer = false: offloading demands its own Adam")
-    if offload == "nvme":
+    offload = zero.get("offload_optimizer", {})
+    on_host = offload.get("device", "none")
+    if on_host != "none" and named is None and config.get("zero_force_ds_cpu_optimizer", True):
+        found.append(
+            "set zero_force_ds_cpu_optimizer = false, or name the optimizer in the config: when "
+            "offloading, Accelerate replaces one that is passed by DeepSpeed's CPU Adam"
+        )
+    if on_host == "nvme":
         found.append(
             "zero_optimization.offload_optimizer.device = nvme has not been tried: use cpu"
         )
-    if zero.get("offload_optimizer", {}).get("ratio", 1.0) < 1:
+    if stage == 3 and on_host != "none" and offload.get("ratio", 1.0) < 1:
         found.append(
-            "remove zero_optimization.offload_optimizer.ratio: the part that is not offloaded "
-            "would be stepped by torch's AdamW"
+            "remove zero_optimization.offload_optimizer.ratio: what DeepSpeed then keeps on the "
+            "GPU (with sub-groups of the usual size all of it) is stepped by torch's AdamW"
         )
     half = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
-    for name in half:
-        for key in (f"{name}_master_weights_and_grads", f"{name}_optimizer_states"):
-            if config[name].get(key):
-                found.append(f"remove {name}.{key}: master weights and moments must be float32")
     if "fp16" in half and not stage:
         found.append(
             "set zero_optimization.stage = 1 for fp16: at stage 0 deepspeed 0.19 divides gradients "

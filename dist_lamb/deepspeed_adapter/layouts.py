@@ -14,7 +14,7 @@ A layout that is none of these is an error: a norm over the wrong elements would
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -99,11 +99,11 @@ def find_layouts(
     partitions: Sequence[Tensor],
     candidates: Sequence[Original],
     originals: Sequence[Original],
-    process_group: Any,
+    process_group_of: Callable[[Tensor], Any],
 ) -> list[PartitionLayout]:
     """The layouts of one param group's partitions.
 
-    ``candidates`` are the group's own params. ``process_group`` is for stage 0, where DeepSpeed
+    ``candidates`` are the group's own params. ``process_group_of`` is for stage 0, where DeepSpeed
     leaves no group on the params.
 
     Raises:
@@ -112,7 +112,8 @@ def find_layouts(
     refuse_model_parallel(candidates)
     index_of = {id(o.param): o.number for o in originals}
     if all(id(h) in index_of for h in partitions):
-        return [_whole("param", h, originals[index_of[id(h)]], process_group) for h in partitions]
+        whole = [originals[index_of[id(h)]] for h in partitions]
+        return [_whole("param", h, o, process_group_of(h)) for h, o in zip(partitions, whole)]
     trained = [o for o in candidates if o.param.requires_grad and logical_numel(o.param)]
     if not trained:
         raise UnknownLayout(f"a param group without trainable params holds {_shapes(partitions)}")
@@ -128,7 +129,7 @@ def find_layouts(
         raise UnknownLayout(
             f"{_shapes(partitions)} took the place of {_shapes([o.param for o in trained])}"
         )
-    return [_whole("master", h, o, process_group) for h, o in zip(partitions, trained)]
+    return [_whole("master", h, o, process_group_of(o.param)) for h, o in zip(partitions, trained)]
 
 
 def refuse_model_parallel(candidates: Sequence[Original]) -> None:
@@ -244,7 +245,9 @@ def problem_with(
         ):
             return (
                 f"{what} does not hold the values of {originals[span.original].name} where they "
-                "should be (or the model's weights were changed after deepspeed.initialize)"
+                "should be. If weights were loaded or changed after deepspeed.initialize, call "
+                "engine.optimizer.refresh_fp32_params() after it: DeepSpeed would overwrite them "
+                "with its float32 masters of the old ones"
             )
         # The flat vector's padding is zero; more than that would be a param nobody told us of.
         if layout.kind == "flat" and partition.detach()[rest : span.start].count_nonzero():

@@ -9,29 +9,38 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import options
-from ..base import SKIPPED, Closure, LambBase
+from ..base import SKIPPED, Closure, LambBase, ParamsT
+from ..deepspeed_marks import taken_by_zero
 from ..kernels.segments import GRAD_SQ
+from ..param_groups import without_decay_1d
 from ..sharding.comm import Comm
 from ..state import TENSOR_STATES
+from .arrivals import Arrivals
+from .clipping import BOTH_CLIP, grad_norm_of
 from .layouts import Original, find_layouts, logical_shape
-from .partition_step import OPTION_NAMES, Arrivals, PartitionStep
+from .partition_step import OPTION_NAMES, PartitionStep
 
-_BOTH_CLIP = (
-    "gradients are clipped twice: by DeepSpeed's gradient_clipping = {} and by max_grad_norm; "
-    "set one of them"
-)
+#: Entry of a param group: the lr of all groups. DeepSpeed's universal loader at ZeRO-3 gives all
+#: groups what it finds in the first one.
+ALL_LRS = "group_lrs"
+#: Backward passes without a step: more than anyone accumulates.
+MANY = 1000
 
 
 class DeepSpeedLamb(LambBase):
     """:class:`dist_lamb.Lamb` for ``deepspeed.initialize(optimizer=...)``.
 
-    Takes the same arguments. It finds DeepSpeed's layout by itself at each ``step()``, and checks
-    it against the values of the model's params; there is nothing else to call, but for
-    ``max_grad_norm`` and names (:meth:`bind`). The config must allow it: see
-    :func:`recommended_config`.
+    Takes the same arguments, and ``no_decay_1d``. It finds DeepSpeed's layout by itself at each
+    ``step()``, and checks it against the values of the model's params; there is nothing else to
+    call, but for ``max_grad_norm`` and names (:meth:`bind`). The config must allow an instance (see
+    :func:`recommended_config`), or name the class (see :func:`register`).
+
+    Args:
+        no_decay_1d: params of fewer than two dims, which are the biases and normalisation weights,
+            do not decay, unless they came in a group with a ``weight_decay`` of its own.
 
     A param without gradient on every rank is left alone, though DeepSpeed fills in zeros for it.
     The state lies where DeepSpeed keeps it: ``state[t]`` of the tensors in its param groups has
@@ -40,17 +49,32 @@ class DeepSpeedLamb(LambBase):
 
     Clip with DeepSpeed's ``gradient_clipping``, or with ``max_grad_norm``, not with both.
 
+    After loading weights into an engine's model call ``engine.optimizer.refresh_fp32_params()``:
+    otherwise DeepSpeed overwrites them with its float32 masters of the old ones. Before the first
+    step that is an error on every rank. Later it is one at stages 0-2, on ranks whose slice
+    differs, unless the weights were written through ``p.data``; ZeRO-3 moves memory all the time,
+    and there it is not noticed.
+
     Raises:
         UnknownLayout: from ``step()``, on every rank: tensors whose relation to the params is not
-            known, or tensor parallelism. RuntimeError: ``max_grad_norm`` that cannot be exact.
+            known, or tensor parallelism. RuntimeError: ``max_grad_norm`` that cannot be exact,
+            weights that were loaded without their masters.
     """
+
+    def __init__(
+        self, params: nn.Module | ParamsT, *args: Any, no_decay_1d: bool = False, **more: Any
+    ) -> None:
+        if not isinstance(no_decay_1d, bool):
+            raise ValueError(f"Invalid no_decay_1d value: {no_decay_1d!r}; True or False expected")
+        named = params.named_parameters() if isinstance(params, nn.Module) else params
+        super().__init__(without_decay_1d(named) if no_decay_1d else named, *args, **more)
 
     def _prepare_fields(self) -> None:
         super()._prepare_fields()
         self._originals: list[Original] = []
         #: by group, the first of its originals; and their end
         self._starts = [0]
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(self._not_stepped)
         #: by group, options as last seen
         self._options_of: dict[int, dict[str, Any]] = {}
         self._engine: Any = None
@@ -68,10 +92,7 @@ class DeepSpeedLamb(LambBase):
         for name, p in self.named_groups()[-1]:
             original = Original(len(self._originals), name, p, i)
             self._originals.append(original)
-            hook = self._arrivals.expect()
-            if p.requires_grad:
-                hooked: Any = p
-                hooked.register_post_accumulate_grad_hook(hook)
+            self._arrivals.expect(p)
         self._starts.append(len(self._originals))
         # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
         group["group_index"] = i
@@ -91,7 +112,7 @@ class DeepSpeedLamb(LambBase):
             ValueError: ``max_grad_norm`` and DeepSpeed's ``gradient_clipping`` together.
         """
         if engine.gradient_clipping() and any(map(options.clips, self.param_groups)):
-            raise ValueError(_BOTH_CLIP.format(engine.gradient_clipping()))
+            raise ValueError(BOTH_CLIP.format(engine.gradient_clipping()))
         self._engine = engine
         named = {id(p): name for name, p in engine.module.named_parameters()}
         self._originals[:] = [
@@ -111,6 +132,7 @@ class DeepSpeedLamb(LambBase):
         DeepSpeed calls this, once per step of the engine or once per group or sub-group.
         """
         loss = self._reevaluated(closure)
+        self._arrivals.unused = None
         self._restore_groups()
         self._begin()
         groups = [group for group in self.param_groups if group["params"]]
@@ -120,13 +142,14 @@ class DeepSpeedLamb(LambBase):
             return loss
         steps = self._load_steps(groups, parts)
         for part in parts:
+            part.refuse_stale_masters(self._originals)
             self._unfinished = True
             overflow = part.update(
                 live,
                 self.state,
                 steps,
                 self._arrivals,
-                self._grad_norm(part, live),
+                grad_norm_of(part, live, self._engine, self._originals),
                 self.track_grad_norm,
                 self._loss_scaling(part.device),
             )
@@ -135,10 +158,26 @@ class DeepSpeedLamb(LambBase):
                 self._stepped_by[o.number] = (part, k)
             if overflow is not None:
                 self._count_skipped(part, live, overflow)
-        self._show_steps(groups, parts)
         for i, group in live.items():
             self._options_of[i] = {name: group[name] for name in OPTION_NAMES}
+        self._show_steps(groups, parts)
         return loss
+
+    def _not_stepped(self, backwards: int) -> None:
+        """Warn if nobody will call ``step()``: from backward, until it was called."""
+        param = self._originals[0].param if self._originals else None
+        held = any(t is param for group in self.param_groups for t in group["params"])
+        if not (param is not None and held and taken_by_zero(param)) and backwards < MANY:
+            return
+        self._arrivals.unused = None
+        warnings.warn(
+            "DeepSpeed trains the params of this DeepSpeedLamb, but with another optimizer: its "
+            "step() is never called. HF Trainer ignores optimizers=(optimizer, None) under "
+            "DeepSpeed: pass optimizer_cls_and_kwargs, or name it in the config (register()). "
+            "Accelerate replaces it when offloading: set zero_force_ds_cpu_optimizer = false, or "
+            "name it in the config",
+            stacklevel=2,
+        )
 
     def _count_skipped(
         self, part: PartitionStep, live: Mapping[int, dict[str, Any]], overflow: Tensor
@@ -165,8 +204,7 @@ class DeepSpeedLamb(LambBase):
             layouts = []
             for i, tensors in held:
                 candidates = self._originals[self._starts[i] : self._starts[i + 1]]
-                alone = self._stage_0_group()
-                layouts += find_layouts(tensors, candidates, self._originals, alone)
+                layouts += find_layouts(tensors, candidates, self._originals, self._stage_0_group)
             by_ranks: dict[int, list[int]] = {}
             for j, layout in enumerate(layouts):
                 by_ranks.setdefault(id(layout.process_group), []).append(j)
@@ -201,41 +239,18 @@ class DeepSpeedLamb(LambBase):
         self._load_steps(self.param_groups, parts)
         return parts
 
-    def _stage_0_group(self) -> Any:
-        """The data-parallel ranks, which DeepSpeed does not note on params at stage 0."""
-        groups = sys.modules.get("deepspeed.utils.groups")
+    def _stage_0_group(self, p: Tensor) -> Any:
+        """The ranks that have the same ``p``, which DeepSpeed does not note on it at stage 0."""
+        deepspeed: Any = sys.modules.get("deepspeed")
+        # It may be imported, and another engine train: Trainer with use_cpu, under DDP.
+        if deepspeed is None or Comm().world_size == 1 or not deepspeed.comm.is_initialized():
+            return None
+        groups = deepspeed.utils.groups
+        if not getattr(p, "allreduce", True):
+            return groups._get_expert_data_parallel_group(p.group_name)  # type: ignore[attr-defined]
         if self._engine is not None:
             return self._engine.seq_data_parallel_group
-        if groups is None or Comm().world_size == 1:
-            return None
         return groups._get_sequence_data_parallel_group()
-
-    def _grad_norm(self, part: PartitionStep, live: Mapping[int, Mapping[str, Any]]) -> Any:
-        """The norm of all gradients as DeepSpeed computed it; None where the part sees them all."""
-        groups = [live[i] for i in part.group_indices]
-        clips = any(map(options.clips, groups))
-        if not clips and all(group["nonfinite"] != "skip" for group in groups):
-            return None
-        if not part.layouts[0].cut:
-            return None
-        zero: Any = getattr(part.originals[0].param, "_z3_optimizer", None)
-        if clips and zero is not None and zero.clip_grad:
-            raise ValueError(_BOTH_CLIP.format(zero.clip_grad))
-        if self._engine is None:
-            raise RuntimeError(
-                "max_grad_norm under ZeRO needs optimizer.bind(engine) after "
-                "deepspeed.initialize; or set gradient_clipping in DeepSpeed's config instead"
-                if clips
-                else 'nonfinite="skip" under ZeRO needs optimizer.bind(engine) after '
-                "deepspeed.initialize: whether to skip is decided for all partitions together"
-            )
-        norm = getattr(self._engine.optimizer, "_global_grad_norm", None)
-        if norm is None:
-            raise RuntimeError(
-                "max_grad_norm and nonfinite='skip' need the norm of all gradients, which "
-                "DeepSpeed did not compute"
-            )
-        return norm
 
     # --- step counters ---------------------------------------------------------------------------
 
@@ -248,22 +263,21 @@ class DeepSpeedLamb(LambBase):
             return
         # DeepSpeed drops groups without params.
         filled = [i for i, (lo, hi) in enumerate(pairwise(self._starts)) if lo < hi]
-        mixed_up = False
         for i, group in zip(filled, self.param_groups, strict=True):
             if group.get("group_index", i) != i:
-                mixed_up = True
-                # A schedule goes on from the lr that was loaded.
-                group.update({**self._options_of[i], "lr": group["lr"]})
+                # A schedule goes on from the lrs that were saved.
+                saved = group.get(ALL_LRS, ())
+                known = len(saved) == len(self._options_of)
+                lr = saved[i] if known else group["lr"]
+                if not known and self._options_of[i]["lr"] != lr:
+                    warnings.warn(
+                        f"DeepSpeed loaded lr = {lr} of the first param group into all of them, "
+                        f"which differed in it: set that of group {i} again",
+                        stacklevel=3,
+                    )
+                group.update({**self._options_of[i], "lr": lr})
                 group.pop("param_steps", None)
             group["group_index"] = i
-        if mixed_up:
-            lrs = {float(of["lr"]) for of in self._options_of.values()}
-            warnings.warn(
-                "DeepSpeed loaded the options of the first param group into all of them; they have "
-                "their own back"
-                + (", but for lr: set it again, the groups differed in it" if len(lrs) > 1 else ""),
-                stacklevel=3,
-            )
 
     def _load_steps(
         self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]
@@ -299,7 +313,9 @@ class DeepSpeedLamb(LambBase):
 
     def _show_steps(self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]) -> None:
         """One step for a whole partition, as DeepSpeed's checkpoints know it: the largest."""
+        lrs = [of["lr"] for of in self._options_of.values()]
         for group in groups:
+            group[ALL_LRS] = lrs
             group["step"].copy_(group["param_steps"].amax())
             for layout, partition in (p for part in parts for p in part.held(group["group_index"])):
                 if layout.cut:

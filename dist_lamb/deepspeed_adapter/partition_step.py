@@ -23,6 +23,7 @@ from ..state import (
     needs_master,
     refresh_master,
 )
+from .arrivals import Arrivals
 from .layouts import (
     Original,
     PartitionLayout,
@@ -56,6 +57,7 @@ class PartitionStep:
         self._impl = impl
         self._comm = Comm(layouts[0].process_group)
         self._agree(every)
+        self._versions = self._seen_versions()
         self._at = {o.number: k for k, o in enumerate(self.originals)}
         self._index = torch.tensor([o.number for o in self.originals], device=self.device)
         self._cuts = [_cuts(layout, t) for layout, t in zip(layouts, partitions)]
@@ -86,6 +88,24 @@ class PartitionStep:
             raise UnknownLayout(str(error)) from None
         if problem:
             raise UnknownLayout(problem)
+
+    def _seen_versions(self) -> list[int]:
+        """What torch counts up when somebody writes to a param, but not when DeepSpeed does: it
+        writes to the flat vector behind it, or to ``p.data``."""
+        return [o.param._version for o in self.originals]
+
+    def refuse_stale_masters(self, every: Sequence[Original]) -> None:
+        """Raise where params that were written to are no longer their masters' rounding."""
+        if self.layouts[0].kind not in ("master", "flat"):
+            return
+        versions = self._seen_versions()
+        if versions == self._versions:
+            return
+        for layout, partition in zip(self.layouts, self.partitions):
+            problem = problem_with(layout, partition, every)
+            if problem:
+                raise RuntimeError(f"DeepSpeedLamb cannot step: {problem}")
+        self._versions = versions
 
     def update(
         self,
@@ -256,30 +276,6 @@ class PartitionStep:
             for layout, partition in zip(self.layouts, self.partitions)
             if self.originals[self._at[layout.originals[0]]].group == group
         ]
-
-
-class Arrivals:
-    """Which gradients backward has made on this rank.
-
-    DeepSpeed fills in zeros for those it has not, and a param without gradient must be left alone.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        #: by original, 1 where one came: since its last step; ever
-        self.since_step, self.ever = bytearray(), bytearray()
-
-    def expect(self) -> Callable[[Tensor], None]:
-        """The hook for the next original."""
-        i = len(self.ever)
-        self.since_step.append(0)
-        self.ever.append(0)
-
-        def hook(_: Tensor) -> None:
-            self.count += 1
-            self.since_step[i] = self.ever[i] = 1
-
-        return hook
 
 
 class _PartitionNorms:

@@ -45,9 +45,11 @@ def read_config(optim: OptimConfig) -> dict[str, Any]:
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
+        "optimizer",
     ):
         if key in config:
-            raise ConfigError(f"{path}: remove {key}; batches are set in [train]")
+            section = "optim" if key == "optimizer" else "train"
+            raise ConfigError(f"{path}: remove {key}, which is set in [{section}]")
     problems = [p for p in check_config(config) if "gradient_clipping" not in p]
     if problems:
         raise ConfigError(f"{path}: {'; '.join(problems)}")
@@ -91,8 +93,11 @@ class DeepSpeedEngine:
         except ImportError as error:
             raise ConfigError(f"engine deepspeed needs the package deepspeed: {error}") from None
 
-        from dist_lamb.deepspeed_adapter import DeepSpeedLamb
+        from dist_lamb.deepspeed_adapter import DeepSpeedLamb, register
+        from pretraining.deepspeed_ops import load_shared_memory_op
 
+        load_shared_memory_op()
+        register()
         self.optimizer = DeepSpeedLamb(
             param_groups(model, weight_decay=optim.weight_decay),
             lr=lr,
