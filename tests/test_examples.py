@@ -138,72 +138,58 @@ def as_torchrun(rank: int, world: int, port: int) -> None:
     """What trainers read of the environment; the process group is there already."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({k: str(v) for k, v in names.items()})
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
 
 def params_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def _trainers(rank: int, world: int, port: int, folder: Path) -> None:
-    as_torchrun(rank, world, port)
-
-    accelerate_loop = example("accelerate_loop")
-    whole = accelerate_loop.main(str(folder / "whole"), cpu=True)
-    learned(whole, 0.8)
-    begun = accelerate_loop.main(str(folder / "cut"), epochs=1, cpu=True)
-    assert begun + accelerate_loop.main(str(folder / "cut"), cpu=True) == whole
-
-    trainer = example("trainer")
-    done = trainer.main(str(folder / "trainer"))
-    assert type(done.model_wrapped).__name__ == "DistributedDataParallel"
+def trained(trainer: Any, folder: Path, mode: str, whole: Any) -> Any:
+    """A run of the example, the same as one that was stopped after step 20."""
+    rank = int(os.environ["RANK"])
+    done = trainer.main(str(folder), mode)
     losses = [entry["loss"] for entry in done.state.log_history if "loss" in entry]
     learned(losses, 0.95)
-    everywhere_the_same(done.model)
-    before = params_of(done.model)
-    if rank == 0:
-        (folder / "trainer" / "checkpoint-40").rename(folder / "away")
+    before = {n: whole(p).clone() for n, p in done.model_wrapped.named_parameters()}
     dist.barrier()
-    resumed = trainer.main(str(folder / "trainer"))  # from step 20
-    assert resumed.state.global_step == 40
-    for name, p in resumed.model.named_parameters():
-        assert torch.equal(p, before[name]), name
-
-
-def _fsdp(rank: int, world: int, port: int, folder: Path) -> None:
-    import accelerate.state
-    from torch.distributed.tensor import DTensor
-
-    as_torchrun(rank, world, port)
-
-    class Types:
-        """Accelerate takes DDP for FSDP on CPUs, since they are not in its list of devices."""
-
-        def __getattr__(self, name: str) -> Any:
-            name = "MULTI_CPU" if name == "MULTI_NEURON" else name
-            return getattr(accelerate.utils.DistributedType, name)
-
-    accelerate.state.DistributedType = Types()
-    trainer = example("trainer")
-    done = trainer.main(str(folder / "fsdp"), "fsdp")
-    assert all(isinstance(p, DTensor) for p in done.model_wrapped.parameters())
-    losses = [entry["loss"] for entry in done.state.log_history if "loss" in entry]
-    learned(losses, 0.95)
-    before = {n: p.full_tensor() for n, p in done.model_wrapped.named_parameters()}
     if rank == 0:
-        (folder / "fsdp" / "checkpoint-40").rename(folder / "fsdp-away")
+        (folder / "checkpoint-40").rename(folder / "away")
     dist.barrier()
-    resumed = trainer.main(str(folder / "fsdp"), "fsdp")
+    resumed = trainer.main(str(folder), mode)
     assert resumed.state.global_step == 40
     for name, p in resumed.model_wrapped.named_parameters():
-        assert torch.equal(p.full_tensor(), before[name]), name
+        assert torch.equal(whole(p), before[name]), (mode, name)
+    return done
 
 
-def test_trainer_with_fsdp_on_two_ranks(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    pytest.importorskip("transformers")
-    (tmp_path / "runs").mkdir()
-    run_ranks(2, tmp_path, _fsdp, free_port(), tmp_path / "runs", timeout=240)
+class OnCpus:
+    """Accelerate takes DDP for FSDP on CPUs, since they are not in its list of devices."""
+
+    def __getattr__(self, name: str) -> Any:
+        from accelerate.utils import DistributedType
+
+        return getattr(DistributedType, "MULTI_CPU" if name == "MULTI_NEURON" else name)
+
+
+def _trainers(rank: int, world: int, port: int, folder: Path) -> None:
+    import accelerate.state
+
+    as_torchrun(rank, world, port)
+    accelerate_loop = example("accelerate_loop")
+    whole = accelerate_loop.main(str(folder / "whole"))
+    learned(whole, 0.8)
+    begun = accelerate_loop.main(str(folder / "cut"), epochs=1)
+    assert begun + accelerate_loop.main(str(folder / "cut")) == whole
+
+    trainer = example("trainer")
+    done = trained(trainer, folder / "ddp", "", lambda p: p.detach())
+    assert type(done.model_wrapped).__name__ == "DistributedDataParallel"
+    everywhere_the_same(done.model)
+
+    accelerate.state.DistributedType = OnCpus()  # type: ignore[misc, assignment]
+    done = trained(trainer, folder / "fsdp", "fsdp", lambda p: p.full_tensor())
+    assert type(done.optimizer.optimizer).__name__ == "Lamb"
 
 
 def test_accelerate_and_trainer_on_two_ranks(tmp_path: Path) -> None:
@@ -211,6 +197,20 @@ def test_accelerate_and_trainer_on_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "runs").mkdir()
     run_ranks(2, tmp_path, _trainers, free_port(), tmp_path / "runs", timeout=240)
+
+
+def _deepspeed(rank: int, world: int, port: int, folder: Path) -> None:
+    as_torchrun(rank, world, port)
+    done = trained(example("trainer"), folder / "ds", "deepspeed", lambda p: p.detach())
+    assert "DeepSpeedLamb" in repr(done.model_wrapped.basic_optimizer)
+    everywhere_the_same(done.model)
+
+
+def test_trainer_with_deepspeed_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("transformers")
+    (tmp_path / "runs").mkdir()
+    run_ranks(2, tmp_path, _deepspeed, free_port(), tmp_path / "runs", timeout=240)
 
 
 def test_lightning(tmp_path: Path) -> None:
