@@ -200,7 +200,10 @@ def test_accelerate_and_trainer_on_two_ranks(tmp_path: Path) -> None:
 
 
 def _deepspeed(rank: int, world: int, port: int, folder: Path) -> None:
+    from pretraining.deepspeed_ops import load_shared_memory_op
+
     as_torchrun(rank, world, port)
+    load_shared_memory_op()
     done = trained(example("trainer"), folder / "ds", "deepspeed", lambda p: p.detach())
     assert "DeepSpeedLamb" in repr(done.model_wrapped.basic_optimizer)
     everywhere_the_same(done.model)
