@@ -379,9 +379,10 @@ class ShardedLamb(LambBase):
         """
         return self._packed(keep=self._comm.rank == to) or {}
 
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Make ``state_dict()`` whole on rank ``to`` until the next step; a collective."""
-        self._consolidated = self._packed(keep=self._comm.rank == to)
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Make ``state_dict()`` whole on rank ``to``, or on every rank if that is None, until the
+        next step; a collective. :mod:`dist_lamb.integrations` calls it for trainers."""
+        self._consolidated = self._packed(keep=to is None or self._comm.rank == to)
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors, or an error: never silently this rank's part.
@@ -395,7 +396,8 @@ class ShardedLamb(LambBase):
         if self._consolidated is None:
             raise RuntimeError(
                 "the state is sharded: call consolidate_state_dict(to=rank) on all ranks before "
-                "state_dict() on that rank, or full_optimizer_state_dict() on all ranks"
+                "state_dict() on that rank (to=None: on every rank; dist_lamb.integrations does it "
+                "in Trainer and Accelerate), or full_optimizer_state_dict() on all ranks"
             )
         return self._consolidated
 

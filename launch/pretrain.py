@@ -11,9 +11,10 @@ A run that is started again goes on from its latest checkpoint, with as many ran
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --standalone --nproc-per-node 8 --max-restarts 100 launch/pretrain.py CONFIG
 
-SIGTERM, and SIGUSR1 to any rank, end it after the current step, with a checkpoint and status 0
-(torchrun itself ends with status 1 after a SIGTERM of its own, and kills ranks that take longer
-than its 30 seconds).
+Ctrl-C, SIGTERM, and SIGUSR1 to any rank, end it after the current step, with a checkpoint and
+status 0; a second Ctrl-C ends it at once. (torchrun itself reports such a signal as an error of its
+own, and kills ranks that take longer than its 30 seconds. ``launch/torchrun.py`` is torchrun
+without that report.)
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    # Until there is something to save, Ctrl-C ends the program without a traceback, wherever it is.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        import pretraining  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"pretrain: error: {error}")
 
 import torch
 from pretraining import checkpoint, curves
@@ -43,6 +53,7 @@ from pretraining.ranks import Ranks, StopRequest, check_restarts, started
 from pretraining.report import (
     LOG_NAME,
     HeldOutRow,
+    LogError,
     Report,
     TrainRow,
     clock,
@@ -58,7 +69,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
 from dist_lamb import schedules
-from dist_lamb.checkpoint import CheckpointError, latest, wait
+from dist_lamb.checkpoint import CheckpointError, wait
 
 
 class Diverged(RuntimeError):
@@ -73,14 +84,14 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
     batches, held_out = _batches(config, tokens, masking, ranks)
 
     hint = check_restarts(config.train)
-    saved = None
-    if config.train.resume == "auto":
-        saved = latest(config.run_dir / checkpoint.FOLDER)
+    saved = ranks.together(lambda: checkpoint.find(config))
     if not ranks.same(str(saved)):
         raise ConfigError(
             f"{config.run_dir / checkpoint.FOLDER} is not the same for all ranks; train.run_dir "
             "must be on a disk they share"
         )
+    if not saved:
+        ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
     model = build_model(config.model, config.data, config.train.seed, ranks.device)
     if config.train.init_from and not saved:
         checkpoint.load_weights(Path(config.train.init_from), model)
@@ -279,29 +290,24 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 def _shared_tokens(config: PretrainConfig, ranks: Ranks) -> TokenCache:
     """The token cache, made by rank 0 while the others wait, and once more on every machine that
-    does not see rank 0's disk.
+    does not see rank 0's disk; checked on every machine.
 
     Raises:
-        CorpusError: on every rank: no text, too little, or another text on another machine.
+        CorpusError: on every rank: no text, too little, a damaged cache, or another text on
+            another machine.
     """
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    made: TokenCache | CorpusError | None = None
-    if ranks.rank == 0:
-        try:
-            made = prepare_tokens(config.data, say)
-        except CorpusError as error:
-            # Raised here alone, it would make the others fail with a lost connection.
-            made = error
-    first = ranks.from_first(made)
-    if isinstance(first, CorpusError):
-        raise first
+    def here() -> TokenCache:
+        return first.checked(say) if first.exists() else prepare_tokens(config.data, say)
+
+    first = ranks.from_first(
+        ranks.together(lambda: prepare_tokens(config.data, say), of=ranks.rank == 0)
+    )
     assert first is not None
-    if ranks.local_rank == 0 and not first.exists():
-        prepare_tokens(config.data, say)
-    ranks.barrier()
+    ranks.together(here, of=ranks.local_rank == 0 and ranks.rank > 0)
     if not ranks.same(TokenCache.open(first.directory).digest if first.exists() else ""):
         raise CorpusError(
             f"data.path = {config.data.path!r}: the machines of this job have different text"
@@ -357,25 +363,36 @@ def _warmup_steps(config: PretrainConfig, samples_per_epoch: int) -> int:
 
 
 def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step: int) -> Report:
-    if ranks.rank:
-        return Report([])
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not first_step:
-        (run_dir / curves.FILE_NAME).unlink(missing_ok=True)
-        if (run_dir / checkpoint.FOLDER).is_dir():
-            shutil.rmtree(run_dir / checkpoint.FOLDER)
-    about = {
-        "config": config.as_dict(),
-        "corpus": tokens.meta,
-        "ranks": ranks.world_size,
-        "device": str(ranks.device.type),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
-    return open_report(run_dir, first_step, config.train.steps)
+    """The report of this rank: rank 0's writes into the run directory, others' do nothing.
+
+    Raises:
+        ConfigError: on every rank: the run directory cannot be written to.
+        LogError: on every rank: the log that is there cannot be continued.
+    """
+
+    def opened() -> Report:
+        run_dir = config.run_dir
+        about = {
+            "config": config.as_dict(),
+            "corpus": tokens.meta,
+            "ranks": ranks.world_size,
+            "device": str(ranks.device.type),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if first_step:
+                read_log(run_dir / LOG_NAME)  # refuses a damaged one before anything is changed
+            else:
+                (run_dir / curves.FILE_NAME).unlink(missing_ok=True)
+            (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
+            return open_report(run_dir, first_step, config.train.steps)
+        except OSError as error:
+            raise ConfigError(f"train.run_dir: {error.filename}: {error.strerror}") from error
+
+    return ranks.together(opened, of=ranks.rank == 0) or Report([])
 
 
 def _describe(
@@ -438,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(arguments.config, arguments.overrides)
         with started(config.train) as ranks:
             train(config, ranks)
-    except (ConfigError, CorpusError, Diverged, CheckpointError) as error:
+    except (ConfigError, CorpusError, Diverged, CheckpointError, LogError) as error:
         # Errors that the user can correct: one line a machine is clearer than a traceback a rank.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)

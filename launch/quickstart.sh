@@ -10,5 +10,5 @@ ready pretrain
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # torchrun's default, set here so that it does not warn; pretrain.py sets its number of threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 \
+exec "$PYTHON" "$ROOT/launch/torchrun.py" --standalone --nproc-per-node 2 \
     "$ROOT/launch/pretrain.py" "$ROOT/configs/quickstart.toml" "$@"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ import pytest
 from pretraining import tokens as tokens_module
 from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, shuffled
 from pretraining.config import DataConfig
+from pretraining.disk import locked
 from pretraining.masking import MaskedSequences, Masking, random_bits, stream_key
 from pretraining.sources import Corpus, CorpusError, read_corpus
 from pretraining.tokens import (
@@ -18,6 +24,7 @@ from pretraining.tokens import (
     SEP_ID,
     SPECIAL_TOKENS,
     UNK_ID,
+    TokenCache,
     prepare_tokens,
     train_tokenizer,
 )
@@ -153,7 +160,7 @@ def test_tokens_are_made_once_and_whole(folder: Path, tmp_path: Path) -> None:
     assert said
     again = prepare_tokens(settings, lambda line: pytest.fail(f"made again: {line}"))
     assert (again.directory, again.digest) == (cache.directory, cache.digest)
-    assert [path.name for path in tmp_path.iterdir()] == [cache.directory.name]
+    assert left_in(tmp_path) == [cache.directory.name]
     assert (
         prepare_tokens(data(folder, tmp_path, vocab_size=256), said.append).digest != cache.digest
     )
@@ -171,15 +178,112 @@ def test_tokens_are_made_once_and_whole(folder: Path, tmp_path: Path) -> None:
         assert tokens.tolist() == expected
 
 
-def test_a_crash_leaves_no_cache_entry(
+def left_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_kill_while_tokenizing_blocks_nobody(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The next process has the same number, as in a container."""
     with monkeypatch.context() as patched:
-        patched.setattr(tokens_module, "_encode", lambda *_: 1 / 0)
+        patched.setattr(tokens_module, "_encoded", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare_tokens(data(folder, tmp_path), print)
-    assert list(tmp_path.iterdir()) == []
-    assert prepare_tokens(data(folder, tmp_path), print).exists()
+        assert left_in(tmp_path) == []
+        # A kill leaves what an error cleans up.
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(ZeroDivisionError):
+            prepare_tokens(data(folder, tmp_path), print)
+        assert len(left_in(tmp_path)) == 1
+    cache = prepare_tokens(data(folder, tmp_path), print)
+    assert left_in(tmp_path) == [cache.directory.name]
+
+
+def test_two_processes_make_tokens_one_after_the_other(folder: Path, tmp_path: Path) -> None:
+    settings = data(folder, tmp_path)
+    key = tokens_module.cache_key(corpus_of(folder), settings)
+    waiting, said = threading.Event(), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        waiting.set()
+
+    (tmp_path / "made").mkdir()
+    tokens_module._write_entry(tmp_path / "made", corpus_of(folder), settings, print)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / f".{key}.lock", pytest.fail):
+            other = pool.submit(prepare_tokens, settings, say)
+            waiting.wait(60)
+            (tmp_path / "made").rename(tmp_path / key)
+        assert other.result(60).directory == tmp_path / key
+    assert ["waiting for another process" in line for line in said] == [True, False]
+
+
+@pytest.fixture
+def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenCache:
+    """On a machine that has seen no cache yet."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return prepare_tokens(data(folder, tmp_path / "cache"), lambda _: None)
+
+
+def altered(path: Path) -> None:
+    """One bit, and the time of the last change as before."""
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", [altered, halved, Path.unlink])
+def test_a_damaged_cache_is_refused(
+    cache: TokenCache, folder: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    settings = data(folder, cache.directory.parent)
+    path = cache.directory / name
+    damage(path)
+    before = sorted(p.name for p in cache.directory.iterdir())
+    with pytest.raises(CorpusError, match="remove the folder") as caught:
+        prepare_tokens(settings, pytest.fail)
+    assert str(caught.value).startswith(f"{path} ")
+    assert sorted(p.name for p in cache.directory.iterdir()) == before
+    # The way out is what the message says.
+    shutil.rmtree(cache.directory)
+    assert prepare_tokens(settings, lambda _: None).digest == cache.digest
+
+
+def test_digests_are_compared_once_a_machine_and_version(
+    cache: TokenCache, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, said = data(folder, cache.directory.parent), []
+    prepare_tokens(settings, pytest.fail)  # this machine has made them
+    for place in ("another machine", "one without a place for notes"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
+        if place == "another machine":
+            (tmp_path / place).mkdir()
+        for _ in range(2):
+            prepare_tokens(settings, said.append)
+    # A file that was written again, with the same content, is another version.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (cache.directory / "train.bin").write_bytes((cache.directory / "train.bin").read_bytes())
+    prepare_tokens(settings, said.append)
+    assert len(said) == 1 + 2 + 1
+    nbytes = sum((cache.directory / name).stat().st_size for name in tokens_module._FILES)
+    assert all(f"compared {nbytes:,} bytes of tokens with their digests in 0." in s for s in said)
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CorpusError, match=r"file/?\S*: Not a directory|file: File exists"):
+        prepare_tokens(data(folder, tmp_path / "file" / "cache"), print)
 
 
 # --- masking -------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def test_no_sample_is_lost_or_repeated() -> None:
 def test_a_signal_saves_and_ends_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """SIGUSR1 to one of two ranks: both save after the same step and end with status 0."""
+    """SIGUSR1 to one of two ranks: both save after the same step and end with status 0. SIGTERM
+    and SIGINT, to one rank in this process: the same."""
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     steps = 400
     config = soak_kill.write_config(tmp_path, steps)
@@ -103,12 +104,13 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert latest.name == f"step-{at}"
     assert 10 <= at < steps
 
-    # and on with one rank, which gets SIGTERM this time, and once more to the end of a shorter run
+    # and on with one rank, which gets the other signals, and once more to the end of a shorter run
     original = pretrain._Loop.step
+    signals = {at + 3: signal.SIGTERM, at + 4: signal.SIGINT}
 
     def preempted(self: Any, step: int) -> bool:
-        if step == at + 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step in signals:
+            os.kill(os.getpid(), signals[step])
         return original(self, step)
 
     def run(last: int) -> None:
@@ -119,10 +121,14 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
         with monkeypatch.context() as patched:
             patched.setattr(pretrain._Loop, "step", preempted)
             run(steps)
+            interrupt = signal.getsignal(signal.SIGINT)
+            run(steps)
         printed = capsys.readouterr().out
         assert f"resumed at step {at}, sample {at * soak_kill.GLOBAL_BATCH}, from" in printed
         assert f"stopped after step {at + 3} by SIGTERM" in printed
+        assert f"stopped after step {at + 4} by SIGINT" in printed
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == interrupt == signal.default_int_handler
         run(at + 6)
     finally:
         if dist.is_initialized():
@@ -132,6 +138,68 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert [row["samples"] for row in rows] == [
         soak_kill.GLOBAL_BATCH * step for step in range(1, at + 7)
     ]
+
+
+# The third step takes for ever where the environment says so.
+SLOW = """
+import os, sys, time
+import pretrain
+
+step = pretrain._Loop.step
+def slow(self, number):
+    if number == 3 + int(os.environ["SLOW_AFTER"]):
+        print("a long step", flush=True)
+        time.sleep(float(os.environ["SLOW_SECONDS"]))
+    return step(self, number)
+pretrain._Loop.step = slow
+pretrain.main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To torchrun, as from a terminal: the ranks are in sessions of their own."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    config = soak_kill.write_config(tmp_path, 400)
+    saves = tmp_path / "run" / "checkpoints"
+
+    def interrupted(after: int, seconds: float, ranks: int, again: bool) -> tuple[int, list[str]]:
+        """Status, and the lines from the first Ctrl-C on."""
+        monkeypatch.setenv("SLOW_AFTER", str(after))
+        monkeypatch.setenv("SLOW_SECONDS", str(seconds))
+        job = soak_kill.Job(config, tmp_path / "run", ranks, 1, script=script)
+        assert job.until("a long step", timeout=200), "".join(job.printed)
+        begin = len(job.printed)
+        job.process.send_signal(signal.SIGINT)
+        assert job.until("ending after this step; again to end at once", timeout=60)
+        workers = soak_kill.children(job.process.pid, script.name)
+        assert len(workers) == ranks
+        if again:
+            job.process.send_signal(signal.SIGINT)
+        status = job.process.wait(100)
+        for worker in workers:
+            soak_kill.wait_for_end(worker, seconds=60)
+        job.until("no such line", timeout=60)
+        return status, job.printed[begin:]
+
+    status, lines = interrupted(0, 1.0, 2, again=False)
+    assert status == 130, lines
+    assert not any("Traceback" in line for line in lines), lines
+    latest = checkpoint.latest(saves)
+    assert latest is not None
+    at = int(latest.name.removeprefix("step-"))
+    assert at >= 3
+    assert any(f"stopped after step {at} by SIGINT; start again to go on" in line for line in lines)
+
+    # The step at hand takes an hour: nothing waits for it, and nothing is left running.
+    status, lines = interrupted(at, 3600.0, 1, again=True)
+    assert status == 130, lines
+    assert not any("Traceback" in line for line in lines), lines
+    latest = checkpoint.latest(saves)
+    assert latest is not None
+    assert at <= int(latest.name.removeprefix("step-")) < at + 3
 
 
 def test_restarts_that_would_start_over_are_refused(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from pretrain_runs import CRASH_AT, CRASHING, ROOT, STEPS, difference, numbers, run_here, torchrun
-from pretraining.config import load_config
+from pretraining import PACKAGES
+from pretraining.config import ConfigError, load_config
 from pretraining.ranks import Ranks
 from pretraining.report import read_log
 from ranks import run_ranks
 
+from dist_lamb import checkpoint
 from dist_lamb.checkpoint import Checkpoint, checkpoints, wait
 
 # pytest's captured stderr is no file; torchrun's workers have a real one.
@@ -65,12 +72,12 @@ def test_dropout_and_another_micro_batch_resume_exactly(config: Path, tmp_path: 
     def crash(self: Any, step: int) -> bool:
         if step == CRASH_AT:
             wait()
-            raise KeyboardInterrupt
+            raise ZeroDivisionError
         return original(self, step)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pretrain._Loop, "step", crash)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ZeroDivisionError):
             run_here(config, tmp_path / "broken", *dropout)
     dist.destroy_process_group()
     assert numbers(run_here(config, tmp_path / "broken", *dropout)) == numbers(whole)
@@ -171,6 +178,100 @@ def test_another_start_and_a_longer_run(config: Path, tmp_path: Path, capsys: An
     assert len(fresh) == STEPS + 4
 
 
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refused(config: Path, run: Path, capsys: Any, *overrides: str) -> str:
+    """The message of a run that must fail and leave its folder as it was."""
+    before = everything(run)
+    with pytest.raises(SystemExit):
+        run_here(config, run, *overrides)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    assert everything(run) == before
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_a_run_did_not_make_stays(config: Path, tmp_path: Path, capsys: Any) -> None:
+    run, short = tmp_path / "run", "train.steps=2"
+    saves, elsewhere = run / "checkpoints", tmp_path / "other disk"
+    theirs = saves / "step-9"
+    theirs.mkdir(parents=True)
+    (theirs / "weights").write_text("theirs")
+    (saves / "notes.txt").write_text("mine")
+    for resume in ("auto", "never"):
+        message = refused(config, run, capsys, short, f"train.resume={resume}")
+        assert f"{saves}: step-9 cannot be read" in message
+        assert "move them away, or choose another train.run_dir" in message
+    # The way out; and then the folder is a link to one on another disk.
+    theirs.rename(tmp_path / "step-9")
+    saves.rename(elsewhere)
+    saves.symlink_to(elsewhere)
+    assert numbers(run_here(config, run, short))[-1][1] == 2
+    assert "nothing left to do" not in capsys.readouterr().out
+    run_here(config, run, short)
+    assert "nothing left to do" in capsys.readouterr().out
+
+    # A checkpoint of another program, whole as it is, is not this program's to remove.
+    model = torch.nn.Linear(2, 2)
+    checkpoint.save(saves, 7, model)
+    assert "step-7 cannot be read, or are not of this program" in refused(
+        config, run, capsys, short, "train.resume=never"
+    )
+    shutil.rmtree(saves / "step-7")
+    run_here(config, run, short, "train.resume=never")
+    assert "resumed" not in capsys.readouterr().out
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["notes.txt", "step-2"]
+    assert saves.is_symlink()
+
+    saves.unlink()
+    saves.symlink_to(tmp_path / "absent")
+    assert f"{saves} is no folder; move it away" in refused(config, run, capsys, short)
+
+
+def test_a_damaged_log_is_named_and_left(config: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    rows = run_here(config, run, "train.steps=2")
+    whole = (run / "log.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (b'{"kind": "train", "st\xff\n', b"3\n", b'{"kind": "train"}\n'):
+        (run / "log.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[2:]]))
+        message = refused(config, run, capsys, "train.steps=3")
+        assert f"{run / 'log.jsonl'}, line 2: damaged: " in message
+        assert "correct or remove this line, or move the file away" in message
+    # Cut short by a crash: that is no damage.
+    (run / "log.jsonl").write_bytes(whole + lines[-1][:9])
+    longer = run_here(config, run, "train.steps=3")
+    assert [row for row in longer if row["step"] <= 2] == rows
+
+
+@pytest.mark.parametrize("missing", ["numpy", "transformers", "dist_lamb"])
+def test_missing_packages_are_named_with_their_extra(missing: str, tmp_path: Path) -> None:
+    """Without anything of the environment that has them."""
+    program = f"""
+import importlib.util as util, runpy, sys
+find = util.find_spec
+util.find_spec = lambda name, *more: None if name == {missing!r} else find(name, *more)
+sys.path.insert(0, {str(ROOT / "launch")!r})
+runpy.run_path({str(ROOT / "launch" / "pretrain.py")!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"pretrain: error: {missing} not installed; in the repository: pip install -e '.[pretrain]'"
+    ]
+
+
+def test_the_extra_is_what_the_program_checks() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["pretrain"]
+    assert sorted(re.split("[<>=]", requirement)[0] for requirement in extra) == sorted(PACKAGES)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -192,9 +293,17 @@ def test_errors_are_one_line(
     assert message in error
 
 
+def _without_disk(rank: int) -> None:
+    raise ConfigError(f"no disk on rank {rank}")
+
+
 def _engines_change(rank: int, world: int, config: Path, runs: Path) -> None:
     """Half a run with one engine, the rest with the other, both ways round."""
     ranks = Ranks(rank, rank, world, torch.device("cpu"))
+    # What one rank cannot do fails on all of them, with its error.
+    with pytest.raises(ConfigError, match="no disk on rank 1"):
+        ranks.together(partial(_without_disk, rank), of=rank == 1)
+    assert ranks.together(lambda: rank + 5, of=rank == 0) == (5 if rank == 0 else None)
     for name, engines in (("one", ("sharded", "ddp")), ("other", ("ddp", "sharded"))):
         for steps, engine in zip((STEPS // 2, STEPS), engines):
             overrides = [f"train.run_dir={runs / name}", f"train.steps={steps}"]

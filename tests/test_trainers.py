@@ -1,21 +1,25 @@
-"""Lamb in Hugging Face's Trainer and in Accelerate, against a loop written by hand."""
+"""Lamb and ShardedLamb in Hugging Face's Trainer and in Accelerate, against a loop by hand."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import Tensor, nn
 
-from dist_lamb import Lamb, param_groups
+from dist_lamb import Lamb, ShardedLamb, param_groups
+from dist_lamb.integrations.accelerate import consolidate_on_save
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
+from dist_lamb.integrations.trainer import ConsolidateOnSave  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "max_grad_norm": 0.5}
@@ -78,9 +82,9 @@ def trainer(model: nn.Module, folder: Path, steps: int, **more: Any) -> Any:
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
-        save_strategy="steps",
         save_steps=more.pop("save_steps", 1000),
         seed=0,
+        **{"save_strategy": "steps", **more.pop("arguments", {})},
     )
     return transformers.Trainer(
         model=model,
@@ -216,3 +220,83 @@ def test_accelerate_resumes(accelerator: Any, tmp_path: Path) -> None:
     assert all(fresh.state[p]["step"] == 2 for p in other.parameters())
     accelerated_steps(accelerator, prepared, opt, 4)
     assert_same_params(other, model)
+
+
+# --- two ranks -----------------------------------------------------------------------------------
+
+
+def sharded(model: nn.Module) -> ShardedLamb:
+    return ShardedLamb(model, reduce_gradients=False, **OPTIONS)
+
+
+def params(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run_trainer(folder: Path, steps: int, resume: str | None = None, **more: Any) -> Any:
+    """(params, what the optimizer counts) after a run of Trainer."""
+    model = Tagger()
+    opt = sharded(model)
+    done = trainer(model, folder, steps, optimizers=(opt, None), **more)
+    done.train(resume_from_checkpoint=resume)
+    return params(model), float(opt.full_optimizer_state_dict()["state"][0]["step"])
+
+
+def two_ranks(rank: int, world: int, folder: Path) -> Any:
+    # As torchrun describes the ranks; the process group is there already.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": str(world)}
+    warnings.simplefilter("ignore")
+    found: dict[str, Any] = {}
+
+    callbacks = {"callbacks": [ConsolidateOnSave()]}
+    found["whole"] = run_trainer(folder / "whole", 6, save_steps=3, **callbacks)
+    found["resumed"] = run_trainer(
+        folder / "rest", 6, str(folder / "whole" / "checkpoint-3"), **callbacks
+    )
+    best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2}
+    best |= {"metric_for_best_model": "loss", "greater_is_better": False}
+    run_trainer(folder / "best", 2, eval_dataset=[batch()], arguments=best, **callbacks)
+    found["best"] = (folder / "best" / "checkpoint-2" / "optimizer.pt").exists()
+
+    # Accelerate
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = Tagger()
+    prepared, opt = accelerator.prepare(model, sharded(model))
+    accelerated_steps(accelerator, prepared, opt, 2)
+    with pytest.raises(RuntimeError, match=r"dist_lamb\.integrations"):
+        opt.state_dict()  # what both trainers do
+    consolidate_on_save(accelerator, opt)
+    accelerator.save_state(str(folder / "state"))
+    accelerated_steps(accelerator, prepared, opt, 2)
+    found["accelerated"] = params(model)
+    accelerator.free_memory()
+    other = Tagger()
+    prepared, opt = accelerator.prepare(other, sharded(other))
+    accelerator.load_state(str(folder / "state"))
+    accelerated_steps(accelerator, prepared, opt, 2)
+    found["loaded"] = params(other)
+    return found
+
+
+@pytest.mark.xdist_group("distributed")
+def test_sharded_saves_and_resumes_on_two_ranks(tmp_path: Path) -> None:
+    one, other = run_ranks(2, tmp_path, two_ranks, tmp_path)
+    control = Tagger()
+    by_hand = Lamb(control.parameters(), **OPTIONS)
+    train_by_hand(control, by_hand, 4)
+    four = params(control)
+    train_by_hand(control, by_hand, 2)
+    for found in (one, other):
+        assert found["best"]
+        for name, expected in (("whole", params(control)), ("resumed", params(control))):
+            got, steps = found[name]
+            assert steps == 6
+            # Trainer at two ranks scales the gradient, from which LAMB's step hardly depends.
+            assert all(torch.allclose(got[k], p, atol=1e-5) for k, p in expected.items())
+        assert all(torch.equal(p, found["whole"][0][k]) for k, p in found["resumed"][0].items())
+        assert all(torch.allclose(found["accelerated"][k], p, atol=1e-6) for k, p in four.items())
+        assert all(torch.equal(p, found["accelerated"][k]) for k, p in found["loaded"].items())
+    # The file of two ranks is a plain state dict: it goes on at one, with Lamb.
+    saved = tmp_path / "whole" / "checkpoint-3" / "optimizer.pt"
+    Lamb(Tagger().parameters()).load_state_dict(torch.load(saved, weights_only=True))

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from dist_lamb import Lamb
 
-FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 CONFIG = Path(__file__).with_name("trainer_deepspeed.json")
 
 
@@ -28,11 +27,9 @@ def main(folder: str, mode: str = "", steps: int = 40) -> Trainer:
         register()  # now DeepSpeed's JSON may name DeepSpeedLamb
     torch.manual_seed(0)
     size = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    # Accelerate 1.15 puts embeddings into an FSDP2 unit of their own: not tied, not wrapped again.
-    model = BertForMaskedLM(BertConfig(intermediate_size=128, tie_word_embeddings=False, **size))
+    model = LlamaForCausalLM(LlamaConfig(intermediate_size=128, **size))
     text = torch.arange(256 * 16).view(256, 16) * 7 % 128
-    masked = torch.where(torch.arange(16) % 5 == 2, 1, text)  # 1 is [MASK]
-    data = [{"input_ids": x, "labels": y} for x, y in zip(masked, text)]
+    data = [{"input_ids": row, "labels": row} for row in text]
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
@@ -45,7 +42,7 @@ def main(folder: str, mode: str = "", steps: int = 40) -> Trainer:
         logging_steps=5,
         report_to=[],
         fsdp=mode == "fsdp",
-        fsdp_config=FSDP if mode == "fsdp" else None,
+        fsdp_config={"version": 2} if mode == "fsdp" else None,
         deepspeed=str(CONFIG) if mode == "deepspeed" else None,
     )
     # The class, which Trainer calls after it has sharded the model; the lr schedule is its own.

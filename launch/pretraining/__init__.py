@@ -4,6 +4,7 @@
 ``config``            the TOML file as frozen dataclasses; every wrong key or value has a message
 ``sources``           which files are the text, and which of them are held out
 ``tokens``            WordPiece tokenizer and token cache
+``disk``              synced files, a lock, file versions that were compared with their digests
 ``masking``           15 % masking as a pure function of (seed, epoch, sequence)
 ``batches``           global batches cut into ranks and micro-batches; resumable position
 ``model``             BERT whose head runs on the masked positions alone
@@ -16,3 +17,15 @@
 ``curves``            the chart at the end
 ====================  ==========================================================================
 """
+
+from importlib.util import find_spec
+
+#: What the extra ``pretrain`` installs; without it the error would name whatever comes first.
+PACKAGES = ("matplotlib", "numpy", "rich", "tensorboard", "tokenizers", "transformers")
+
+_missing = [name for name in ("torch", "dist_lamb", *PACKAGES) if find_spec(name) is None]
+if _missing:
+    raise ModuleNotFoundError(
+        f"{', '.join(_missing)} not installed; in the repository: pip install -e '.[pretrain]'",
+        name=_missing[0],
+    )

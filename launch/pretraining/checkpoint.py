@@ -8,6 +8,9 @@ with other ranks than before.
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from pretraining.config import ConfigError, PretrainConfig
 from pretraining.engine_base import Engine
 
 FOLDER = "checkpoints"
+_STEP = re.compile(r"step-\d+")
+_RUN_DIR = "train.run_dir"
 
 # Where files are, how the work is distributed, and what is reported: not what is computed with
 # finite gradients.
@@ -88,6 +93,54 @@ def save(
     )
 
 
+def find(config: PretrainConfig) -> Path | None:
+    """The checkpoint to go on from; None to begin at step 0. Changes nothing.
+
+    Raises:
+        ConfigError: something that this program did not make is in the way of its checkpoints.
+    """
+    folder = config.run_dir / FOLDER
+    if not folder.is_dir():
+        # A link to a folder on another disk is one; a link to nothing would be found at the first
+        # save.
+        if folder.is_symlink() or folder.exists():
+            raise ConfigError(f"{folder} is no folder; move it away, or choose another {_RUN_DIR}")
+        return None
+    auto = config.train.resume == "auto"
+    ours = checkpoint.checkpoints(folder) if auto else list(filter(_is_ours, _steps(folder)))
+    others = [path.name for path in _steps(folder) if path not in ours]
+    if others:
+        what = "cannot be read" if auto else "cannot be read, or are not of this program"
+        raise ConfigError(
+            f"{folder}: {', '.join(others)} {what} and would be in the way; move them away, "
+            f"or choose another {_RUN_DIR}"
+        )
+    return ours[-1] if auto and ours else None
+
+
+def start_over(config: PretrainConfig) -> None:
+    """Remove the checkpoints of an earlier run, after :func:`find` has recognised them."""
+    for path in _steps(config.run_dir / FOLDER):
+        # Renamed first: if removal stops half-way, the rest is no checkpoint.
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.old-{uuid.uuid4().hex}")))
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether ``path`` is a whole checkpoint that this program wrote, in this place."""
+    try:
+        return not path.is_symlink() and _is_run(Checkpoint(path).extra)
+    except CheckpointError:
+        return False
+
+
+def _is_run(extra: Any) -> bool:
+    return isinstance(extra, dict) and {"config", "tokens"} <= extra.keys()
+
+
 def resume(
     path: Path,
     config: PretrainConfig,
@@ -107,7 +160,7 @@ def resume(
     """
     try:
         extra = Checkpoint(path).extra
-        if not isinstance(extra, dict) or not {"config", "tokens"} <= extra.keys():
+        if not _is_run(extra):
             raise ConfigError(f"{path}: not a checkpoint of this program")
         changed = _changes(extra["config"], json.loads(json.dumps(config.as_dict())))
         refused = [f"{name}: {text}" for name, text in changed.items() if name not in _MAY_CHANGE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,16 +57,35 @@ class Ranks:
 
     def same(self, value: str) -> bool:
         """Whether every rank gave the same ``value``."""
-        values: list[str | None] = [None] * self.world_size
+        return len(set(self._from_each(value))) == 1
+
+    def together(self, work: Callable[[], T], of: bool = True) -> T | None:
+        """What ``work`` returns on the ranks that it is ``of``, None on others. An error of one is
+        raised on all: raised there alone, it would leave the others waiting in a collective."""
+        result, own = None, None
+        if of:
+            try:
+                result = work()
+            except Exception as error:
+                own = error
+        for error in [own, *self._from_each(own)]:
+            if error is not None:
+                raise error
+        return result
+
+    def _from_each(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
-        return len(set(values)) == 1
+        return values
 
 
 class StopRequest:
-    """Whether this process got SIGTERM (preemption, ``kill``) or SIGUSR1 (a warning before it).
+    """Whether this process got SIGTERM (preemption, ``kill``), SIGINT (Ctrl-C) or SIGUSR1 (a
+    warning before SIGTERM).
 
-    As a context: the signals do nothing else meanwhile. torchrun passes SIGTERM on to every rank;
-    SIGUSR1 may be sent to any one of them.
+    As a context: the signals do nothing else meanwhile, but after SIGINT the next one ends the
+    process at once. torchrun passes SIGTERM and SIGINT on to every rank, a second SIGINT as
+    SIGTERM; SIGUSR1 may be sent to any one of them.
     """
 
     def __init__(self) -> None:
@@ -75,12 +94,21 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {
             number: signal.signal(number, self._asked)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
         return self
 
     def _asked(self, number: int, _: object) -> None:
         self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            # The system's own action also ends a process that waits inside a collective.
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_DFL)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                # Not print(): its buffer may be in use. The first part shows the cursor again,
+                # which a live bar has hidden and a process that ends at once cannot.
+                cursor = b"\x1b[?25h" if os.isatty(2) else b""
+                os.write(2, cursor + b"\nending after this step; again to end at once\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,7 +123,7 @@ class JsonLines:
     """One JSON object a line, kinds ``train`` and ``held_out``, steps ascending."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [row for row in read_log(path) if first_step and row["step"] <= first_step]
+        kept = [r for r in read_log(path) if r["step"] <= first_step] if first_step else []
         part = path.with_name(f".{path.name}.part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         part.replace(path)
@@ -147,21 +147,32 @@ class JsonLines:
         self._file.close()
 
 
+class LogError(ValueError):
+    """A log that cannot be read; the message names the file and the line."""
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; none where there is no file. A last line cut short by a crash is left
-    out."""
+    out.
+
+    Raises:
+        LogError: another line is no row.
+    """
     if not path.exists():
         return []
-    return list(_whole_rows(path.read_text(encoding="utf-8").splitlines()))
-
-
-def _whole_rows(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().splitlines()
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            rows.append({**row, "kind": str(row["kind"]), "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise
+                raise LogError(
+                    f"{path}, line {number}: damaged: {line[:60].decode(errors='replace')!r}; "
+                    "correct or remove this line, or move the file away"
+                ) from None
+    return rows
 
 
 class TensorBoard:

@@ -1,22 +1,25 @@
 """Text to tokens: a WordPiece vocabulary trained on the corpus, and the tokens it gives, cached.
 
 A cache entry is a folder named by a digest of all that decides its content. It is built under
-another name and renamed, so an entry that exists is whole:
+another name, synced to disk and renamed, so an entry that exists was whole:
 
     tokenizer.json    the tokenizer, as ``tokenizers`` and ``transformers`` read it
     train.bin         token ids of the training documents, each followed by [SEP]
     held_out.bin      likewise
-    meta.json         sizes, and where the text came from
+    meta.json         sizes and digests of these, and where the text came from
+
+Every start compares the sizes; the digests are compared once a machine and version of the files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import string
+import time
 import unicodedata
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,13 +34,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import WordPieceTrainer
 
 from pretraining.config import DataConfig
+from pretraining.disk import known_versions, locked, note_versions, sync_folder, write_synced
 from pretraining.sources import Corpus, CorpusError, Document, read_corpus
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))
 
-# Part of every digest: raise it when the same text would give other tokens.
-_FORMAT = 1
+# Part of every key: raise it when the same text would give other tokens, or an entry other files.
+_FORMAT = 2
+_FILES = ("tokenizer.json", "train.bin", "held_out.bin")
 _DOCUMENTS_AT_A_TIME = 256
 
 
@@ -50,7 +55,49 @@ class TokenCache:
 
     @classmethod
     def open(cls, directory: Path) -> TokenCache:
-        return cls(directory, json.loads((directory / "meta.json").read_text(encoding="utf-8")))
+        """
+        Raises:
+            CorpusError: ``meta.json`` is not as it was written.
+        """
+        path = directory / "meta.json"
+        try:
+            meta = json.loads(path.read_bytes())
+            written = meta.pop("meta_sha256")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise _damaged(path, "cannot be read") from None
+        if written != _digest_of(meta):
+            raise _damaged(path, "was changed")
+        return cls(directory, meta)
+
+    def checked(self, say: Callable[[str], None]) -> TokenCache:
+        """Itself, after the files' sizes, and on this machine once their digests, were compared.
+
+        Raises:
+            CorpusError: a file is not as it was written.
+        """
+        for name, (size, _) in self.meta["written"].items():
+            path = self.directory / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                raise _damaged(path, f"has {found:,} bytes, {size:,} were written")
+        if known_versions(self.directory) != self.versions():
+            began = time.monotonic()
+            for name, (_, digest) in self.meta["written"].items():
+                with (self.directory / name).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise _damaged(self.directory / name, "was changed")
+            note_versions(self.directory, self.versions())
+            nbytes = sum(size for size, _ in self.meta["written"].values())
+            say(
+                f"compared {nbytes:,} bytes of tokens with their digests in "
+                f"{time.monotonic() - began:.1f} s, once on this machine"
+            )
+        return self
+
+    def versions(self) -> dict[str, list[int]]:
+        """What changes with every write to a file. ctime cannot be set back."""
+        stats = {name: (self.directory / name).stat() for name in self.meta["written"]}
+        return {n: [s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns] for n, s in stats.items()}
 
     def exists(self) -> bool:
         """Whether the entry is on this machine's disk too."""
@@ -75,10 +122,11 @@ class TokenCache:
         return self._tokens("held_out")
 
     def _tokens(self, part: str) -> npt.NDArray[np.integer]:
+        count, dtype = self.meta[f"{part}_tokens"], self.meta["dtype"]
         # An empty file cannot be mapped into memory.
-        if not self.meta[f"{part}_tokens"]:
-            return np.empty(0, dtype=self.meta["dtype"])
-        return np.memmap(self.directory / f"{part}.bin", dtype=self.meta["dtype"], mode="r")
+        if not count:
+            return np.empty(0, dtype=dtype)
+        return np.memmap(self.directory / f"{part}.bin", dtype=dtype, mode="r", shape=(count,))
 
     def describe(self) -> str:
         meta = self.meta
@@ -113,57 +161,91 @@ def prepare_tokens(data: DataConfig, say: Callable[[str], None]) -> TokenCache:
         say: takes a line for the user before each long piece of work.
 
     Raises:
-        CorpusError: no text, or too little of it.
+        CorpusError: no text, or too little of it; a damaged cache.
     """
-    corpus = read_corpus(data.path, data.document_bytes)
-    directory = Path(data.cache_dir) / cache_key(corpus, data)
-    if not (directory / "meta.json").exists():
-        _build(directory, corpus, data, say)
-    return TokenCache.open(directory)
+    try:
+        corpus = read_corpus(data.path, data.document_bytes)
+        directory = Path(data.cache_dir) / cache_key(corpus, data)
+        if not directory.exists():
+            _build(directory, corpus, data, say)
+        return TokenCache.open(directory).checked(say)
+    except OSError as error:
+        raise CorpusError(f"{error.filename or data.cache_dir}: {error.strerror}") from error
 
 
 def _build(directory: Path, corpus: Corpus, data: DataConfig, say: Callable[[str], None]) -> None:
-    train, held_out = corpus.split(data.held_out_fraction)
-    building = directory.with_name(f".{directory.name}.{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
-        say(f"training a tokenizer of {data.vocab_size:,} tokens on {corpus.source}")
-        tokenizer = train_tokenizer(_sample(train, data.tokenizer_bytes), data.vocab_size)
-        if tokenizer.get_vocab_size() > data.vocab_size:
-            raise CorpusError(
-                f"data.vocab_size = {data.vocab_size} is less than the alphabet of "
-                f"{corpus.source} needs ({tokenizer.get_vocab_size()})"
-            )
-        tokenizer.save(str(building / "tokenizer.json"))
-        say(f"tokenizing {corpus.nbytes:,} bytes")
-        dtype = "uint16" if data.vocab_size <= 2**16 else "uint32"
-        digest = hashlib.sha256()
-        train_tokens = _encode(tokenizer, train, building / "train.bin", dtype, digest)
-        held_out_tokens = _encode(tokenizer, held_out, building / "held_out.bin", dtype, digest)
-        meta = {
-            "source": corpus.source,
-            "files": corpus.files,
-            "nbytes": corpus.nbytes,
-            "sha256": corpus.sha256,
-            "duplicates": corpus.duplicates,
-            "binary_files": corpus.binary_files,
-            "vocabulary": tokenizer.get_vocab_size(),
-            "dtype": dtype,
-            "train_documents": len(train),
-            "train_tokens": train_tokens,
-            "held_out_documents": len(held_out),
-            "held_out_tokens": held_out_tokens,
-            "tokens_sha256": digest.hexdigest(),
-        }
-        (building / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with locked(directory.with_name(f".{directory.name}.lock"), say) as alone:
+        if directory.exists():
+            return  # made by another process meanwhile
+        for left in directory.parent.glob(f".{directory.name}.*.new") if alone else ():
+            # Its process is gone, or it would hold the lock.
+            shutil.rmtree(left, ignore_errors=True)
+        building = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.new")
+        building.mkdir()
         try:
-            building.rename(directory)
-        except OSError:
-            # Another run made the same entry first; after a real failure there is none.
-            if not (directory / "meta.json").exists():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            _write_entry(building, corpus, data, say)
+            try:
+                building.rename(directory)
+            except OSError:
+                # Without locks another process may have been faster.
+                if not directory.exists():
+                    raise
+            sync_folder(directory.parent)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        # What was just written need not be compared with its digests.
+        made = TokenCache.open(directory)
+        note_versions(directory, made.versions())
+
+
+def _write_entry(
+    building: Path, corpus: Corpus, data: DataConfig, say: Callable[[str], None]
+) -> None:
+    train, held_out = corpus.split(data.held_out_fraction)
+    say(f"training a tokenizer of {data.vocab_size:,} tokens on {corpus.source}")
+    tokenizer = train_tokenizer(_sample(train, data.tokenizer_bytes), data.vocab_size)
+    if tokenizer.get_vocab_size() > data.vocab_size:
+        raise CorpusError(
+            f"data.vocab_size = {data.vocab_size} is less than the alphabet of "
+            f"{corpus.source} needs ({tokenizer.get_vocab_size()})"
+        )
+    written = [write_synced(building / "tokenizer.json", [tokenizer.to_str(pretty=True).encode()])]
+    say(f"tokenizing {corpus.nbytes:,} bytes")
+    dtype = "uint16" if data.vocab_size <= 2**16 else "uint32"
+    digest = hashlib.sha256()
+    for name, documents in (("train.bin", train), ("held_out.bin", held_out)):
+        written.append(write_synced(building / name, _encoded(tokenizer, documents, dtype), digest))
+    itemsize = np.dtype(dtype).itemsize
+    meta = {
+        "source": corpus.source,
+        "files": corpus.files,
+        "nbytes": corpus.nbytes,
+        "sha256": corpus.sha256,
+        "duplicates": corpus.duplicates,
+        "binary_files": corpus.binary_files,
+        "vocabulary": tokenizer.get_vocab_size(),
+        "dtype": dtype,
+        "train_documents": len(train),
+        "train_tokens": written[1][0] // itemsize,
+        "held_out_documents": len(held_out),
+        "held_out_tokens": written[2][0] // itemsize,
+        "tokens_sha256": digest.hexdigest(),
+        "written": dict(zip(_FILES, written, strict=True)),
+    }
+    text = json.dumps({**meta, "meta_sha256": _digest_of(meta)}, indent=1) + "\n"
+    write_synced(building / "meta.json", [text.encode()])
+    sync_folder(building)
+
+
+def _damaged(path: Path, problem: str) -> CorpusError:
+    return CorpusError(
+        f"{path} {problem}; to have these tokens made again remove the folder {path.parent}"
+    )
+
+
+def _digest_of(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _sample(documents: Sequence[Document], nbytes: int) -> list[Document]:
@@ -230,20 +312,12 @@ def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def _encode(
-    tokenizer: Tokenizer, documents: Sequence[Document], path: Path, dtype: str, digest: Any
-) -> int:
-    """Write the documents' tokens to ``path``, add them to ``digest``, return their number."""
-    count = 0
-    with path.open("wb") as file:
-        for group in _groups(documents, _DOCUMENTS_AT_A_TIME):
-            texts = [document.text() for document in group]
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-                tokens = np.asarray([*encoding.ids, SEP_ID], dtype=dtype).tobytes()
-                file.write(tokens)
-                digest.update(tokens)
-                count += len(encoding.ids) + 1
-    return count
+def _encoded(tokenizer: Tokenizer, documents: Sequence[Document], dtype: str) -> Iterator[bytes]:
+    """The tokens of each document."""
+    for group in _groups(documents, _DOCUMENTS_AT_A_TIME):
+        texts = [document.text() for document in group]
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            yield np.asarray([*encoding.ids, SEP_ID], dtype=dtype).tobytes()
 
 
 def _groups(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -102,7 +102,7 @@ def command(
     script: Path = ROOT / "launch" / "pretrain.py",
 ) -> list[str]:
     return [
-        *(sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, "-u", str(ROOT / "launch" / "torchrun.py"), "--standalone"),
         *("--nproc-per-node", str(ranks), "--max-restarts", str(max_restarts)),
         *(str(script), str(config), "--set", f"train.run_dir={run_dir}", *overrides),
     ]
@@ -132,12 +132,29 @@ def children(pid: int, program: str = "pretrain.py") -> list[int]:
     return found
 
 
+def wait_for_end(pid: int, seconds: float) -> None:
+    """Wait for a process that is no child of this one."""
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"process {pid} still runs after {seconds} s")
+        time.sleep(0.05)
+
+
 class Job:
     """torchrun, its output line by line, and its ranks."""
 
-    def __init__(self, config: Path, run_dir: Path, ranks: int, max_restarts: int) -> None:
+    def __init__(
+        self,
+        config: Path,
+        run_dir: Path,
+        ranks: int,
+        max_restarts: int,
+        *overrides: str,
+        **how: Any,
+    ) -> None:
         self.process = subprocess.Popen(
-            command(config, run_dir, ranks, max_restarts),
+            command(config, run_dir, ranks, max_restarts, **how),
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
