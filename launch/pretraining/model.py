@@ -1,4 +1,5 @@
-"""The model: Hugging Face BERT, with the vocabulary projection on the masked positions alone."""
+"""The models: Hugging Face BERT, with the vocabulary projection on the masked positions alone, and
+a pre-norm decoder of the same size for launch/study.py."""
 
 from __future__ import annotations
 
@@ -71,3 +72,65 @@ def compile_layers(model: nn.Module) -> None:
     wraps a layer afterwards (FSDP2, ShardedLamb's waits) stays outside of the graph."""
     for layer in model.get_submodule("bert.encoder.layer").children():
         layer.compile()
+
+
+class PretrainDecoder(nn.Module):
+    """A causal transformer with normalisation before each block (GPT-2's shape, Radford et al.
+    2019), without dropout, and with the input embedding as its vocabulary projection."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        width = model.hidden_size
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(model.max_position_embeddings, width))
+        self.blocks = nn.ModuleList(_Block(model) for _ in range(model.num_hidden_layers))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                # Each block adds twice to the residual stream; its variance would grow with depth.
+                outer = name.endswith("out.weight")
+                scale = (2 * model.num_hidden_layers) ** -0.5 if outer else 1.0
+                nn.init.normal_(parameter, std=model.initializer_range * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Cross-entropy, in nats, of each token of ``input_ids`` [B, S] but the first, given those
+        before it: [B, S - 1] float32."""
+        x = self.tokens(input_ids) + self.positions[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.tokens.weight)[:, :-1]
+        labels = input_ids[:, 1:]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view_as(labels)
+
+
+class _Block(nn.Module):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        width = model.hidden_size
+        self.heads = model.num_attention_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, model.intermediate_size)
+        self.mlp_out = nn.Linear(model.intermediate_size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
+
+
+def build_decoder(
+    model: ModelConfig, data: DataConfig, seed: int, device: torch.device
+) -> nn.Module:
+    """``PretrainDecoder`` with random weights that depend on ``seed`` alone, not on the device."""
+    torch.manual_seed(seed)
+    return PretrainDecoder(model, data.vocab_size).to(device)

@@ -1,0 +1,174 @@
+"""A study: what is compared, from a TOML file that is checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pretraining.config import ConfigError, DataConfig, ModelConfig
+
+from studying.optimizers import OPTIMIZERS
+
+ARCHITECTURES = ("decoder", "bert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """One ``[rules.NAME]``: an optimizer and the lrs that its first sweep tries at the base batch.
+
+    ``optimizer`` is a name of :data:`studying.optimizers.OPTIMIZERS`. ``late`` rules are tried once
+    everything else is done.
+    """
+
+    optimizer: str
+    lrs: tuple[float, ...]
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    half_life: bool = False
+    """Scale beta2 with the batch so that its half-life in tokens stays (arXiv 2507.07101). At the
+    base batch that is the rule it is ``base`` of, whose runs are not made twice."""
+    base: str = ""
+    late: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The whole file: ``[study]``, ``[model]`` and one section for each rule.
+
+    Raises:
+        ConfigError: values that contradict each other, naming the key.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    batches: tuple[int, ...]
+    """Sequences a step; the first is the base batch."""
+    samples: int
+    """Sequences of every run, whatever its batch."""
+    seeds: tuple[int, ...]
+    seq_len: int = 128
+    base_warmup: float = 0.003125
+    """Share of the steps at the base batch; grows with the batch (linear-epoch warm-up)."""
+    more_warmups: tuple[float, ...] = ()
+    """Tried at the largest batch around the best lr of each rule."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    rise: float = 0.1
+    """Nats by which the loss must have risen on a side of the best lr: then that side shows."""
+    max_lrs: int = 12
+    """Of one basin; it is not extended beyond."""
+    evals: int = 32
+    held_out: int = 1024
+    """Held-out sequences of every evaluation."""
+    bfloat16: bool = True
+    """On GPUs forward and backward are in bfloat16; weights, moments and losses stay float32."""
+    pack_sequences: int = 1024
+    """Runs are trained together as long as their batches hold at most this many sequences."""
+    pack_seconds: float = 120.0
+    """... and their training takes about this long at most."""
+    tokens_per_s: float = 6e6
+    """Of one device, for the first packs; afterwards what was measured counts."""
+    mask_fraction: float = 0.15
+    model: ModelConfig
+    rules: dict[str, RuleConfig]
+
+    def __post_init__(self) -> None:
+        wrong = [a for a in self.architectures if a not in ARCHITECTURES]
+        if wrong or not self.architectures:
+            raise ConfigError(f"study.architectures: {wrong or 'none'}; known: {ARCHITECTURES}")
+        if not self.batches or list(self.batches) != sorted(set(self.batches)):
+            raise ConfigError("study.batches must grow from the base batch on")
+        for batch in self.batches:
+            if batch < 1 or self.samples % batch:
+                raise ConfigError(
+                    f"study.samples ({self.samples}) must be a multiple of batch {batch}"
+                )
+        if self.samples // self.batches[-1] < self.evals:
+            raise ConfigError(
+                f"study.evals ({self.evals}) is more than the {self.samples // self.batches[-1]} "
+                f"steps of batch {self.batches[-1]}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError("study.seeds must be different numbers, at least one")
+        if not 0 < self.base_warmup < 1 or any(not 0 < w < 1 for w in self.more_warmups):
+            raise ConfigError("study.base_warmup and more_warmups must lie between 0 and 1")
+        if self.model.max_position_embeddings < self.seq_len:
+            raise ConfigError("model.max_position_embeddings is less than study.seq_len")
+        if self.model.hidden_dropout_prob or self.model.attention_probs_dropout_prob:
+            raise ConfigError("model dropout must be 0: runs are compared on the same arithmetic")
+        for name, rule in self.rules.items():
+            if rule.optimizer not in OPTIMIZERS:
+                raise ConfigError(
+                    f"rules.{name}.optimizer = {rule.optimizer!r}; known: {', '.join(OPTIMIZERS)}"
+                )
+            if not rule.lrs or list(rule.lrs) != sorted(rule.lrs) or rule.lrs[0] <= 0:
+                raise ConfigError(f"rules.{name}.lrs must be positive and grow")
+            if any(abs(b / a - 2) > 1e-6 for a, b in zip(rule.lrs, rule.lrs[1:])):
+                raise ConfigError(f"rules.{name}.lrs must go up in factors of 2")
+            if rule.half_life and rule.base not in self.rules:
+                raise ConfigError(f"rules.{name}.base must name the rule it is at the base batch")
+
+    @property
+    def base_batch(self) -> int:
+        return self.batches[0]
+
+    def steps(self, batch: int) -> int:
+        return self.samples // batch
+
+    def warmup(self, batch: int) -> float:
+        """Linear-epoch warm-up: epochs of warm-up grow as the batch does."""
+        return min(1.0, self.base_warmup * batch / self.base_batch)
+
+    def betas(self, rule: str, batch: int) -> tuple[float, float]:
+        of = self.rules[rule]
+        if not of.half_life:
+            return of.betas
+        # beta2^(1 / batch) is the same at every batch.
+        return of.betas[0], of.betas[1] ** (batch / self.base_batch)
+
+    def transferred_lr(self, lr: float, batch: int) -> float:
+        """The square-root rule from the base batch."""
+        return lr * math.sqrt(batch / self.base_batch)
+
+    def data(self, vocabulary: int) -> DataConfig:
+        return DataConfig(vocab_size=vocabulary, seq_len=self.seq_len)
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read ``path``.
+
+    Raises:
+        ConfigError: not a file, not TOML, an unknown or missing key, a wrong value.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    known = {"study", "model", "rules"}
+    if set(content) != known:
+        raise ConfigError(f"{path}: sections must be {sorted(known)}, got {sorted(content)}")
+    try:
+        model = _made(ModelConfig, content["model"], "model")
+        rules = {
+            name: _made(RuleConfig, values, f"rules.{name}")
+            for name, values in content["rules"].items()
+        }
+        of = {"name": path.stem, **content["study"], "model": model, "rules": rules}
+        return _made(StudyConfig, of, "study")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _made(cls: type[Any], values: dict[str, Any], section: str) -> Any:
+    names = {f.name for f in fields(cls)}
+    unknown = set(values) - names
+    if unknown:
+        raise ConfigError(f"unknown key {section}.{unknown.pop()}; keys are {sorted(names)}")
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return cls(**frozen)
+    except TypeError as error:
+        raise ConfigError(f"[{section}]: {error}") from None
