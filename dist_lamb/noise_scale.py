@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ class GradientNoiseScale:
             squares.append(norm.double().square())
 
         # They see what this backward brings, before it is added up, reduced or freed.
-        handles = [p.register_hook(add) for p in self._params]
+        hooked: list[Any] = list(self._params)
+        handles = [p.register_hook(add) for p in hooked]
         try:
             yield
         finally:
