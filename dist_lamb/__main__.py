@@ -1,4 +1,4 @@
-"""``python -m dist_lamb inspect|verify|export DIR``: see :mod:`dist_lamb.checkpoint.cli`."""
+"""``python -m dist_lamb inspect|verify|export|import DIR``: see :mod:`dist_lamb.checkpoint.cli`."""
 
 import sys
 

@@ -10,8 +10,9 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +113,12 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def inside_backward_node() -> bool:
-    """Whether a backward node is running (``torch._C._current_autograd_node``, since 2.1).
+def running_node() -> Any:
+    """The backward node that is running (``torch._C._current_autograd_node``, since 2.1), or None.
 
     Needed: a reentrant checkpoint's backward would pass for the end of the outer one.
     """
-    return torch._C._current_autograd_node() is not None
+    return torch._C._current_autograd_node()
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
@@ -134,6 +135,21 @@ def leaves(output: Any) -> list[Any]:
     from torch.utils._pytree import tree_leaves
 
     return tree_leaves(output)
+
+
+# --- loss scaling ---------------------------------------------------------------------------------
+
+
+def asked_by_sharded_scaler() -> bool:
+    """Whether a ShardedGradScaler has called the caller's caller (``sys._getframe``, since 2.1).
+
+    That is how ``GradScaler.step`` asks an optimizer whether it handles loss scales itself, and it
+    gives nothing away of itself. Without it: no, as of a plain GradScaler.
+    """
+    scaler: Any = None
+    if hasattr(sys, "_getframe"):
+        scaler = sys._getframe(2).f_locals.get("self")
+    return any(cls.__name__ == "ShardedGradScaler" for cls in type(scaler).__mro__)
 
 
 # --- compiled modules -----------------------------------------------------------------------------
@@ -172,6 +188,24 @@ def cpp_compiler() -> str | None:
 
 
 # --- process groups -------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """What all ranks share beside a network (``distributed_c10d._get_default_store``, since 1.7).
+
+    Needed: ranks tell each other there what they are about to do.
+    """
+    return torch.distributed.distributed_c10d._get_default_store()  # noqa: TID251
+
+
+def timeout_of(group: Any) -> timedelta:
+    """After how long a collective of a group fails (``options._timeout`` of its backends, since
+    2.0). Without it: torch's default for all."""
+    for device in getattr(group, "_device_types", ()):
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return cast(timedelta, timeout)
+    return torch.distributed.constants.default_pg_timeout  # noqa: TID251
 
 
 def gpu_backend(group: Any) -> str:

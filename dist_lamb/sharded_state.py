@@ -36,18 +36,11 @@ def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
     return described
 
 
-def gradient_problem(named: Iterable[tuple[str, Tensor]], frozen: Sequence[Tensor]) -> str | None:
+def gradient_problem(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """The first param whose gradient cannot be taken, and why."""
     for name, p in named:
-        if p.grad is None:
-            continue
-        if p.grad.layout != torch.strided:
+        if p.grad is not None and p.grad.layout != torch.strided:
             return f"{name}: sparse gradients are not supported"
-        if any(p is other for other in frozen):
-            return (
-                f"{name}: it was frozen when the buffers were made; add it by add_param_group() "
-                "when it becomes trainable"
-            )
     return None
 
 
@@ -74,6 +67,10 @@ class ShardedState:
         #: params that did not require gradients when the buffers were made: not in them
         self.frozen = [p for p in every if id(p) not in trained]
         self.arrange(groups, state, adopt=False)
+
+    def unfrozen(self) -> list[int]:
+        """Which of the frozen params have become trainable since."""
+        return [i for i, p in enumerate(self.frozen) if p.requires_grad]
 
     def settle(self, groups: Groups, state: Any) -> None:
         """Take over what was edited since the last step.
@@ -159,12 +156,15 @@ class ShardedState:
 
         ``present`` are those that have one on this rank, or, with ``everywhere``, all there are.
         """
-        own, device = self.buffers.own, self.buffers.device
+        own, empty, device = self.buffers.own, self.buffers.empty, self.buffers.device
+        # Params without elements have none to tell: the sums over ranks do, as they count steps.
+        chosen = (own | empty) & present
         if not everywhere and not own <= present:
             mask = torch.zeros(len(self.counters), dtype=torch.bool, device=device)
             mask[self.indices] = self.buffers.found_gradients()
+            if empty & present:
+                mask[[self.indices[j] for j in empty & present]] = True
             return mask
-        chosen = own & present
         if self._mask is None or self._mask[0] != chosen:
             here = [self.indices[j] for j in chosen]
             self._mask = (chosen, mask_of(here, len(self.counters), device, self._keep))

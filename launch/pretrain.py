@@ -486,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     try:
         config = load_config(arguments.config, arguments.overrides)
-        with started(config.train) as ranks:
+        with started(config.train) as ranks, checkpoint.claimed(config.run_dir, ranks):
             train(config, ranks)
     except (ConfigError, CorpusError, Diverged, CheckpointError, LogError) as error:
         # Errors that the user can correct: one line a machine is clearer than a traceback a rank.

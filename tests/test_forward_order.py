@@ -132,13 +132,13 @@ def _compiled(rank: int, world: int) -> bool:
                 model.compile(backend=backend, fullgraph=True)
             else:
                 model = torch.compile(model, backend=backend, fullgraph=True)
+        # one whose hooks go when another takes its place
+        older = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
+        older._order._watch([])  # type: ignore[union-attr]
+        older._order._watch([0, 2])  # type: ignore[union-attr]
         optimizer = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
         assert optimizer._order is not None
-        # another one's hooks, which stay when it is gone
-        other = ShardedLamb(model, lr=0.1, bucket_numel=300, overlap_gather=True)
-        other._order._watch([])  # type: ignore[union-attr]
-        other._order._watch([0, 2])  # type: ignore[union-attr]
-        del other
+        del older
         for t in range(6):
             if t == 3 and how == "compile()" and what == "layers":
                 optimizer.synchronize()  # compile() forgets the hook

@@ -165,8 +165,10 @@ def _frozen_and_tied(rank: int, world: int) -> None:
     assert len(optimizer.state) == 3
     model[2].weight.requires_grad_(True)
     model(torch.ones(2, 60)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"2\.weight: it was frozen when the buffers were made"):
-        optimizer.step()
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before)
+    trained = [model[0].weight, model[0].bias, model[2].weight]
+    assert [float(optimizer.state[p]["step"]) for p in trained] == [2, 2, 1]
 
 
 def _same_keys_everywhere(rank: int, world: int) -> None:
@@ -290,10 +292,15 @@ def _overflow_on_one_rank(rank: int, world: int) -> None:
     optimizer.found_inf = torch.tensor(float(rank == 2))
     optimizer.step()
     assert (models.digest(params), models.digest(state_of(optimizer))) == before
-    for name, g in models.mean_gradients(params, 2).items():
-        params[name].grad = g * 4.0
-    optimizer.found_inf = torch.tensor(0.0)
-    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"overflowed on 1 of 3 ranks.*ShardedGradScaler"):
+        optimizer.step()
+    # and on all
+    for everywhere in (1.0, 0.0):
+        optimizer._scaling._overflows = None  # as in a run in which all ranks have it
+        for name, g in models.mean_gradients(params, 2).items():
+            params[name].grad = g * 4.0
+        optimizer.found_inf = torch.tensor(everywhere)
+        optimizer.step()
     scaled = models.digest(params)
     other = models.make_params()
     straight = ShardedLamb(models.groups_of(other), **OPTIONS)

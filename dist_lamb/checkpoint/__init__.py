@@ -10,17 +10,20 @@ After a crash a checkpoint is complete or absent. Loading one never runs code fr
 """
 
 from .errors import CheckpointError
-from .files import Checkpoint
 from .folder import checkpoints, latest
 from .loading import load
+from .owner import Owner, claim
+from .reading import Checkpoint
 from .saving import Pending, Stateful, save, save_async, wait
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Owner",
     "Pending",
     "Stateful",
     "checkpoints",
+    "claim",
     "latest",
     "load",
     "save",

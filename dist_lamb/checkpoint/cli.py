@@ -1,7 +1,7 @@
-"""Inspect, verify or export a checkpoint: ``python -m dist_lamb inspect|verify|export DIR``.
+"""Checkpoints from the command line: ``python -m dist_lamb inspect|verify|export|import DIR``.
 
-DIR is a checkpoint, or a folder of checkpoints for its latest. One process, no GPU; no code from
-the checkpoint is executed.
+DIR is a checkpoint, or a folder of checkpoints for its latest; for ``import`` one of
+torch.distributed.checkpoint. One process, no GPU; no code from the checkpoint is executed.
 """
 
 from __future__ import annotations
@@ -13,32 +13,44 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from .errors import CheckpointError
-from .files import Checkpoint
-from .folder import resolve
+from ..sharding.comm import host_comm
+from . import dcp, storage
+from .errors import CheckpointError, printable
+from .folder import create_temporary, resolve
+from .json_codec import encode
+from .reading import Checkpoint
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print text from a checkpoint; what a terminal would obey is shown instead."""
+    print(printable(text), file=file)
 
 
 def inspect(checkpoint: Checkpoint) -> None:
     """Print what a checkpoint holds."""
+    checkpoint.check_sizes()
     about = checkpoint.state["about"]
     stage = f", ZeRO stage {about['stage']}" if "stage" in about else ""
     params = [key for key in checkpoint.tensors if key.startswith("model.")]
     elements = sum(math.prod(checkpoint.tensors[key].shape) for key in params)
     nbytes = sum(info.nbytes for info in checkpoint.files.values())
-    print(f"{checkpoint.path}")
-    print(f"step {checkpoint.step}, written by {about['engine']}{stage}", end=" ")
-    print(f"on {checkpoint.world_size} ranks, torch {checkpoint.torch_version}")
-    print(f"{len(params)} tensors of the model, {elements:,} elements; {nbytes:,} bytes in all")
+    say(f"{checkpoint.path}")
+    say(
+        f"step {checkpoint.step}, written by {about['engine']}{stage} "
+        f"on {checkpoint.world_size} ranks, torch {checkpoint.torch_version}"
+    )
+    say(f"{len(params)} tensors of the model, {elements:,} elements; {nbytes:,} bytes in all")
     for i, group in enumerate(checkpoint.state["groups"]):
         options = ", ".join(f"{k}={v}" for k, v in group.items() if k != "params")
-        print(f"parameter group {i}: {len(group['params'])} params, {options}")
+        say(f"parameter group {i}: {len(group['params'])} params, {options}")
     for key, value in checkpoint.state["stateful"].items():
-        print(f"{key}: {value}")
+        say(f"{key}: {value}")
     if checkpoint.extra is not None:
-        print(f"extra: {checkpoint.extra}")
+        say(f"extra: {checkpoint.extra}")
     rows = [("tensor", "shape", "dtype", "2-norm")]
     for key, entry in checkpoint.tensors.items():
         dtype = str(entry.dtype).removeprefix("torch.")
@@ -48,21 +60,32 @@ def inspect(checkpoint: Checkpoint) -> None:
         rows.append((key, "x".join(map(str, entry.shape)) or "scalar", dtype, norm))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    say("not checked: the checksums of the tensors' files (python -m dist_lamb verify)")
 
 
 def verify(checkpoint: Checkpoint) -> None:
     """Compare all files with their checksums; raise ``CheckpointError`` naming one that differs."""
     checkpoint.verify()
-    print(f"{checkpoint.path}: {len(checkpoint.files) + 1} files are as they were written")
+    say(f"{checkpoint.path}: {len(checkpoint.files) + 1} files are as they were written")
 
 
-def export(checkpoint: Checkpoint, out: Path, weights: bool) -> None:
-    """Write whole tensors to one safetensors file.
+def export(checkpoint: Checkpoint, out: Path, weights: bool, to: str) -> None:
+    """Write whole tensors to one safetensors file, or a folder of torch.distributed.checkpoint.
 
-    The names are the checkpoint's, ``model.<name>`` and ``optimizer.<name>.<state>``. With
-    ``weights`` only the model's tensors, without ``model.``, as ``load_state_dict()`` takes them.
+    The names in the file are the checkpoint's, ``model.<name>`` and ``optimizer.<name>.<state>``.
+    With ``weights`` only the model's tensors, without ``model.``, as ``load_state_dict()`` takes
+    them.
     """
+    checkpoint.verify()
+    if to == "dcp":
+        count = dcp.write(checkpoint, out, weights)
+    else:
+        count = _export_safetensors(checkpoint, out, weights)
+    say(f"{out}: {count} tensors of step {checkpoint.step}")
+
+
+def _export_safetensors(checkpoint: Checkpoint, out: Path, weights: bool) -> int:
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -80,34 +103,73 @@ def export(checkpoint: Checkpoint, out: Path, weights: bool) -> None:
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
-    print(f"{out}: {len(tensors)} tensors of step {checkpoint.step}")
+    return len(tensors)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def import_dcp(source: Path, directory: Path, step: int | None) -> None:
+    """Write ``directory/step-<step>`` from a folder of torch.distributed.checkpoint.
+
+    ``step`` is by default the highest step count in the optimizer's state.
+    """
+    found = dcp.read(source)
+    step = found.step if step is None else step
+    state = {
+        "about": {"engine": "torch.distributed.checkpoint, imported"},
+        "groups": found.groups,
+        "stateful": {},
+        "extra": None,
+    }
+    text = json.dumps({key: encode(value, key) for key, value in state.items()})
+    storage.write(found.tensors, create_temporary(directory, step), step, text, host_comm())
+    say(f"{directory / f'step-{step}'}: {len(found.tensors)} tensors")
+    for what in found.left_out:
+        say(f"left out: {what}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dist_lamb", description="Checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
         ("inspect", "print step, options, and name, shape, dtype and norm of every tensor"),
         ("verify", "compare every file with its checksum"),
-        ("export", "write whole tensors to one safetensors file"),
+        ("export", "write whole tensors for programs without dist_lamb"),
+        ("import", "make a checkpoint from one of torch.distributed.checkpoint"),
     ):
         command = commands.add_parser(name, help=does, description=does)
+        if name == "import":
+            command.add_argument("dir", type=Path, help="the folder with .metadata")
+            command.add_argument("out", type=Path, help="the folder of checkpoints to write to")
+            command.add_argument("--step", type=int, help="default: that of the optimizer's state")
+            continue
         command.add_argument("dir", type=Path, help="a checkpoint, or a folder for its latest")
         if name == "export":
-            command.add_argument("out", type=Path, help="the file to write")
+            command.add_argument("out", type=Path, help="the file or, for dcp, the folder to write")
+            command.add_argument(
+                "--format",
+                choices=("safetensors", "dcp"),
+                default="safetensors",
+                help="one safetensors file, or torch.distributed.checkpoint",
+            )
             command.add_argument(
                 "--weights", action="store_true", help="the model alone, by its own names"
             )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "import":
+            import_dcp(arguments.dir, arguments.out, arguments.step)
+            return 0
         checkpoint = Checkpoint(resolve(arguments.dir))
         if arguments.command == "inspect":
             inspect(checkpoint)
         elif arguments.command == "verify":
             verify(checkpoint)
         else:
-            export(checkpoint, arguments.out, arguments.weights)
+            export(checkpoint, arguments.out, arguments.weights, arguments.format)
     except (CheckpointError, OSError) as error:
-        print(f"dist_lamb: error: {error}", file=sys.stderr)
+        say(f"dist_lamb: error: {error}", sys.stderr)
         return 1
     return 0

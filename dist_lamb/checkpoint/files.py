@@ -1,8 +1,8 @@
-"""The files of one checkpoint: format, writing, reading and checksums.
+"""The files of one checkpoint: their format, and writing them.
 
 ::
 
-    step-100/manifest.json    step, world size; bytes and SHA-256 of every other file
+    step-100/manifest.json    format, step, world size; bytes and SHA-256 of every other file
              tensors.json     {key: {dtype, shape, chunks: [{offsets, sizes, file, at}]}}
              state.json       everything but tensors
              rank-0.bin ...   the elements of the chunks that rank 0 wrote: row-major,
@@ -18,15 +18,13 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,15 +33,22 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .json_codec import DTYPE_NAMES, DTYPES, decode, memory_of
+from .json_codec import DTYPE_NAMES, memory_of
 
 FORMAT = "dist_lamb"
+#: Counted up when older programs could not read, or would misread, what is written.
 VERSION = 1
+#: The oldest that is still read.
+OLDEST_VERSION = 1
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.json", "state.json"
 #: Chunks start at multiples of this, so that a file can be mapped and read in place.
 ALIGNMENT = 64
 
-_NAME = re.compile(r"rank-\d+\.bin|tensors\.json|state\.json")
+#: A step as the name of a folder has it: one way to write each number.
+STEP_NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+MAX_STEP = 10**18
+
+FILE_NAME = re.compile(r"rank-(0|[1-9][0-9]{0,8})\.bin|tensors\.json|state\.json")
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,6 @@ def os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         file = Path(error.filename) if isinstance(error.filename, str) else path
         raise CheckpointError(f"{file}: {error.strerror or error}") from error
-
-
-# --- writing -------------------------------------------------------------------------------------
 
 
 class DataFile:
@@ -157,10 +159,10 @@ def write_manifest(path: Path, step: int, world_size: int, files: Mapping[str, F
         "byteorder": sys.byteorder,
         "files": {name: asdict(info) for name, info in sorted(files.items())},
     }
-    write_text(path, json.dumps({**content, "sha256": _digest(content)}, indent=1))
+    write_text(path, json.dumps({**content, "sha256": manifest_digest(content)}, indent=1))
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def manifest_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -171,158 +173,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-class Checkpoint:
-    """A checkpoint on disk, opened for reading.
-
-    Raises:
-        CheckpointError: not a checkpoint, or a damaged one, naming the file. Data files are
-            checked by :meth:`verify` only.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        manifest = _json(self.path / MANIFEST, _read(self.path / MANIFEST))
-        try:
-            format_name, version, order = (manifest[k] for k in ("format", "version", "byteorder"))
-            digest = manifest.pop("sha256")
-            self.step = int(manifest["step"])
-            self.world_size = int(manifest["world_size"])
-            self.torch_version = str(manifest["torch"])
-            self.files = {
-                str(name): FileInfo(int(f["nbytes"]), str(f["sha256"]))
-                for name, f in manifest["files"].items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise CheckpointError(f"{self.path / MANIFEST}: not a checkpoint's manifest") from None
-        if format_name != FORMAT or version != VERSION:
-            raise CheckpointError(
-                f"{self.path / MANIFEST}: format {format_name} {version}; "
-                f"this program reads {FORMAT} {VERSION}"
-            )
-        if digest != _digest(manifest):
-            raise CheckpointError(f"{self.path / MANIFEST}: damaged: its SHA-256 does not match")
-        if order != sys.byteorder:
-            raise CheckpointError(f"{self.path}: written on a {order}-endian machine")
-        for name in self.files:
-            if not _NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"{self.path / MANIFEST}: {name!r} is no file of a checkpoint"
-                )
-        self.tensors: Mapping[str, Entry] = self._index()
-
-    def _index(self) -> dict[str, Entry]:
-        content = _json(self.path / TENSORS, self._verified(TENSORS))
-        entries = {}
-        for key, value in content.items():
-            try:
-                chunks = tuple(
-                    Chunk(
-                        _ints(c["offsets"]),
-                        _ints(c["sizes"]),
-                        str(c["file"]),
-                        *_ints([c["at"]]),
-                    )
-                    for c in value["chunks"]
-                )
-                entry = Entry(DTYPES[value["dtype"]], _ints(value["shape"]), chunks)
-            except (KeyError, TypeError, ValueError):
-                raise CheckpointError(f"{self.path / TENSORS}: {key}: not understood") from None
-            self._check(key, entry)
-            entries[key] = entry
-        return entries
-
-    def _check(self, key: str, entry: Entry) -> None:
-        for c in entry.chunks:
-            inside = len(c.offsets) == len(c.sizes) == len(entry.shape) and all(
-                o + n <= size for o, n, size in zip(c.offsets, c.sizes, entry.shape)
-            )
-            end = c.at + math.prod(c.sizes) * entry.dtype.itemsize
-            if not inside or c.file not in self.files or end > self.files[c.file].nbytes:
-                raise CheckpointError(f"{self.path / TENSORS}: {key}: chunk {c} cannot be")
-        if sum(math.prod(c.sizes) for c in entry.chunks) != math.prod(entry.shape):
-            raise CheckpointError(f"{self.path / TENSORS}: {key}: its chunks do not cover it")
-
-    @cached_property
-    def state(self) -> dict[str, Any]:
-        """Everything but tensors: ``about``, ``groups``, ``stateful``, ``extra``."""
-        path = self.path / STATE
-        content = _json(path, self._verified(STATE))
-        try:
-            return {str(key): decode(value) for key, value in content.items()}
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-
-    @property
-    def extra(self) -> Any:
-        """The argument ``extra`` of :func:`save`."""
-        return self.state.get("extra")
-
-    def _verified(self, name: str) -> bytes:
-        data = _read(self.path / name)
-        self._compare(name, len(data), hashlib.sha256(data).hexdigest())
-        return data
-
-    def _compare(self, name: str, nbytes: int, sha256: str) -> None:
-        if name not in self.files:
-            raise CheckpointError(f"{self.path / MANIFEST}: {name} is not in it")
-        expected = self.files[name]
-        if nbytes != expected.nbytes:
-            raise CheckpointError(
-                f"{self.path / name}: damaged: {nbytes} bytes, {expected.nbytes} were written"
-            )
-        if sha256 != expected.sha256:
-            raise CheckpointError(
-                f"{self.path / name}: damaged: its SHA-256 is not that of what was written"
-            )
-
-    def verify(self, rank: int = 0, world_size: int = 1) -> None:
-        """Compare every ``world_size``-th file, from the ``rank``-th on, with its checksum.
-
-        Raises ``CheckpointError`` naming the first that is missing, truncated or changed.
-        """
-        for name in sorted(self.files)[rank::world_size]:
-            path = self.path / name
-            with open_file(path) as file, os_errors(path):
-                nbytes = os.fstat(file.fileno()).st_size
-                self._compare(name, nbytes, hashlib.file_digest(file, "sha256").hexdigest())
-
-    def read(self, key: str, chunk: Chunk, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The box of ``sizes`` at ``offsets`` within a chunk, on the CPU."""
-        path, dtype = self.path / chunk.file, self.tensors[key].dtype
-        rows = tuple(sizes[:1]) + chunk.sizes[1:]
-        box = torch.empty(rows, dtype=dtype)
-        # Whole rows are read, and none before the first or after the last that is needed.
-        first = offsets[0] * math.prod(chunk.sizes[1:]) if sizes else 0
-        with open_file(path) as file, os_errors(path):
-            file.seek(chunk.at + first * dtype.itemsize)
-            rest = memory_of(box)
-            while len(rest):  # a system call moves 2 GiB at most
-                count = file.readinto(rest)
-                if not count:
-                    raise CheckpointError(f"{path}: damaged: it ends early")
-                rest = rest[count:]
-        for dim in range(1, len(sizes)):
-            box = box.narrow(dim, offsets[dim], sizes[dim])
-        return box
-
-    def tensor(self, key: str) -> Tensor:
-        """A whole tensor, on the CPU.
-
-        Raises ``CheckpointError`` if no tensor has that name.
-        """
-        if key not in self.tensors:
-            raise CheckpointError(f"{self.path}: no tensor {key}")
-        entry = self.tensors[key]
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for c in entry.chunks:
-            box = whole[tuple(slice(o, o + n) for o, n in zip(c.offsets, c.sizes))]
-            box.copy_(self.read(key, c, [0] * len(c.sizes), c.sizes))
-        return whole
 
 
 def open_file(path: Path) -> io.FileIO:
@@ -337,24 +187,3 @@ def open_file(path: Path) -> io.FileIO:
         os.close(fd)
         raise CheckpointError(f"{path}: is no file")
     return io.FileIO(fd, "rb")
-
-
-def _read(path: Path) -> bytes:
-    with open_file(path) as file, os_errors(path):
-        return file.read()
-
-
-def _json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: damaged: not valid JSON") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: damaged: not a JSON object")
-    return content
-
-
-def _ints(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-        raise ValueError
-    return tuple(values)

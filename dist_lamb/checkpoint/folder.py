@@ -14,16 +14,16 @@ import warnings
 from pathlib import Path
 
 from .errors import CheckpointError
-from .files import MANIFEST, os_errors, sync_folder
+from .files import MANIFEST, STEP_NAME, os_errors, sync_folder
+from .owner import check_claims, claim
 
-_STEP = re.compile(r"step-(\d+)")
-_TEMPORARY = re.compile(r"\.step-\d+\.(new|old)-[0-9a-f]{32}")
+_TEMPORARY = re.compile(r"\.step-[0-9]+\.(new|old)-[0-9a-f]{32}")
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """The complete checkpoints of a folder, by step; none where there is no folder."""
     try:
-        names = [n for n in os.listdir(directory) if _STEP.fullmatch(n)]
+        names = [n for n in os.listdir(directory) if STEP_NAME.fullmatch(n)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     paths = [Path(directory, name) for name in sorted(names, key=lambda n: int(n[5:]))]
@@ -53,14 +53,16 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def create_temporary(directory: Path, step: int) -> Path:
     """An empty temporary folder for the checkpoint of ``step``; older temporary ones are removed.
 
-    Raises ``CheckpointError`` if that step is there already, or the folder cannot be written to.
+    Raises ``CheckpointError`` if that step is there already, the folder cannot be written to, or
+    another process writes to it.
     """
+    claim(directory)
+    check_claims(directory)
     with os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         for name in os.listdir(directory):
             if _TEMPORARY.fullmatch(name):
                 shutil.rmtree(directory / name, ignore_errors=True)
-        if (directory / f"step-{step}").exists():
+        if os.path.lexists(directory / f"step-{step}"):
             raise CheckpointError(
                 f"{directory / f'step-{step}'} is there already; remove it, and any later one, "
                 "to go on from an earlier step"
@@ -74,7 +76,11 @@ def publish(temporary: Path, step: int) -> Path:
     """Rename a complete temporary folder, its files on disk, to ``step-<step>``."""
     final = temporary.with_name(f"step-{step}")
     with os_errors(final):
+        check_claims(final.parent)  # whoever took over may have removed the temporary folder
         sync_folder(temporary)
+        # Again, after what may take long. Whoever takes over removes temporary folders at its
+        # first save, so that the rename of a process that is stopped before it fails.
+        check_claims(final.parent)
         temporary.rename(final)
         sync_folder(final.parent)
     return final
@@ -84,9 +90,24 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints."""
-    for path in checkpoints(directory)[:-keep]:
+def retain(directory: Path, step: int, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints up to ``step``, which was just written.
+
+    Later steps are of an earlier run. They are left alone: a warning names them.
+    """
+    complete = checkpoints(directory)
+    steps = [int(path.name.removeprefix("step-")) for path in complete]
+    later = [path.name for path, found in zip(complete, steps) if found > step]
+    if later:
+        warnings.warn(
+            f"{directory}: {', '.join(later)} are later than step-{step}, which was just written, "
+            "and will be taken for the latest; remove them",
+            stacklevel=2,
+        )
+    for path in [path for path, found in zip(complete, steps) if found <= step][:-keep]:
+        if path.is_symlink():
+            warnings.warn(f"{path} is a link: it is not removed", stacklevel=2)
+            continue
         temporary = path.with_name(f".{path.name}.old-{uuid.uuid4().hex}")
         try:
             # Renamed first: if removal stops half-way, the rest is no checkpoint.

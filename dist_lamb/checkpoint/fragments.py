@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import combinations
 from typing import TypeAlias
 
 import torch
@@ -44,6 +45,55 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 def _within(row: int, shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     for offsets, sizes in boxes(shape[1:], start, stop):
         yield (row, *offsets), (1, *sizes)
+
+
+#: Of boxes that no plane separates. What is written can be separated: it is cut dim by dim.
+_MAX_INSEPARABLE = 500
+_MAX_WORK = 10**6
+
+
+def are_disjoint(found: Sequence[Box]) -> bool:
+    """Whether no two boxes have an element in common.
+
+    Also false if there are too many to tell of a kind that is never written.
+    """
+    rest = [box for box in found if all(box[1])]
+    ndim = len(rest[0][0]) if rest else 0
+    # Boxes, the dim that planes are to cut next, and how many dims no plane could cut.
+    slabs = [(rest, 0, 0)]
+    work = _MAX_WORK + 100 * ndim * len(rest)
+    while slabs:
+        inside, dim, uncut = slabs.pop()
+        work -= len(inside)
+        if work < 0:
+            return False
+        if len(inside) < 2:
+            continue
+        if uncut == ndim:
+            pairs = combinations(inside, 2)
+            if len(inside) > _MAX_INSEPARABLE or any(_overlap(*pair) for pair in pairs):
+                return False
+            continue
+        parts = _cut(inside, dim)
+        uncut = uncut + 1 if len(parts) == 1 else 1
+        slabs += [(part, (dim + 1) % ndim, uncut) for part in parts]
+    return True
+
+
+def _cut(found: Sequence[Box], dim: int) -> list[list[Box]]:
+    """Split at all planes across ``dim`` that no box crosses."""
+    parts: list[list[Box]] = []
+    end = -1
+    for box in sorted(found, key=lambda box: box[0][dim]):
+        if box[0][dim] >= end:
+            parts.append([])
+        parts[-1].append(box)
+        end = max(end, box[0][dim] + box[1][dim])
+    return parts
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return all(a < b + n and b < a + m for a, m, b, n in zip(one[0], one[1], other[0], other[1]))
 
 
 class Fragment:

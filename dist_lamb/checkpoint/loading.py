@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..base import LambBase
 from ..sharding.comm import Comm, ProcessGroup, host_comm
 from . import folder, schema, storage
+from . import rng as rng_states
 from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
-from .files import Checkpoint
+from .reading import Checkpoint
 from .saving import Stateful, wait
 
 
@@ -46,7 +48,7 @@ def load(
             skipped steps is the checkpoint's, or with ``"own"`` the optimizer's.
         rng: restore the random number generators, if as many ranks wrote as read.
         verify: compare the checksums of all files, each read by one of the ranks. Without it
-            damage may not be detected, or only after a part is loaded.
+            only their sizes are compared, and damaged elements are loaded.
         process_group: as for :func:`save`.
 
     Returns the checkpoint, with ``step``, ``extra`` and more.
@@ -67,36 +69,71 @@ def load(
         if optimizer is not None:
             schema.check_groups(checkpoint, names, optimizer, options)
         schema.check_tensors(checkpoint, names)
-        for key in stateful or {}:
+        for key, target in (stateful or {}).items():
             if key not in checkpoint.state["stateful"]:
                 raise CheckpointError(f"{resolved}: has no state of {key}")
+            _check_stateful(f"{resolved}: {key}", checkpoint.state["stateful"][key], target)
+        checkpoint.check_sizes(comm.rank, comm.world_size)
         if verify:
             checkpoint.verify(comm.rank, comm.world_size)
         return checkpoint, names
 
     checkpoint, names = collective_try(comm, open_and_check)
-    _load_stateful(checkpoint, stateful or {}, comm)
-    targets = collective_try(comm, lambda: schema.Targets(checkpoint, names, optimizer))
-    row = _rng_row(checkpoint, names, comm) if rng else None
-    if row is not None:
-        targets.tensors["rng"] = row
+
+    def parse() -> tuple[dict[str, Tensor], list[dict[str, Any]], rng_states.Generators | None]:
+        values = [] if optimizer is None else schema.group_values(checkpoint, optimizer, options)
+        steps, generators = schema.read_steps(checkpoint, names), None
+        if rng and rng_states.fits(checkpoint, comm.world_size):
+            generators = rng_states.read(checkpoint, comm.rank, schema.device_of(names))
+        return steps, values, generators
+
+    steps, values, generators = collective_try(comm, parse)
+    # From here on nothing is checked any more, and things are overwritten.
+    restore = _load_stateful(checkpoint, stateful or {}, comm)
+    try:
+        targets = collective_try(comm, lambda: schema.Targets(checkpoint, names, optimizer, steps))
+    except CheckpointError:
+        restore()
+        raise
     storage.read_into(targets.tensors, checkpoint, comm)
     targets.finish()
     if optimizer is not None:
-        schema.apply_groups(checkpoint, optimizer, options)
-    if row is not None:
-        schema.restore_rng(row.flat, schema.device_of(names))
+        schema.apply_groups(values, optimizer)
+    if generators is not None:
+        generators.restore()
     return checkpoint
 
 
-def _rng_row(checkpoint: Checkpoint, names: schema.Names, comm: Comm) -> Any:
-    if not schema.rng_fits(checkpoint, comm.world_size):
-        return None
-    return schema.rng_to_save(comm.rank, comm.world_size, schema.device_of(names))
+def _check_stateful(where: str, saved: Any, target: Stateful) -> None:
+    """Refuse what ``LRScheduler.load_state_dict``, which takes everything, could not work with."""
+    if not isinstance(target, LRScheduler):
+        return
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{where}: is a {type(saved).__name__}, not a state")
+    own = target.state_dict()
+    for key, value in saved.items():
+        if not isinstance(key, str) or callable(getattr(type(target), key, None)):
+            raise CheckpointError(f"{where}: {key!r} is no part of a {type(target).__name__}")
+        # What is None may become something else in the course of training.
+        if value is not None and own.get(key) is not None and _kind(value) != _kind(own[key]):
+            raise CheckpointError(
+                f"{where}: {key} is {value!r}, in a {type(target).__name__} here {own[key]!r}"
+            )
 
 
-def _load_stateful(checkpoint: Checkpoint, stateful: Mapping[str, Stateful], comm: Comm) -> None:
-    """All of them on all ranks, or none: if any fails, those already loaded are restored."""
+def _kind(value: Any) -> Any:
+    """Numbers are alike; lists of numbers are alike."""
+    if isinstance(value, (int, float, Tensor)):
+        return "number"
+    if isinstance(value, (list, tuple)):
+        return "list", frozenset(map(_kind, value))
+    return "dict" if isinstance(value, dict) else type(value)
+
+
+def _load_stateful(
+    checkpoint: Checkpoint, stateful: Mapping[str, Stateful], comm: Comm
+) -> Callable[[], None]:
+    """All of them on all ranks, or none. Returns what puts them back to what they were."""
     before: dict[str, dict[str, Any]] = {}
 
     def load_all() -> None:
@@ -107,9 +144,13 @@ def _load_stateful(checkpoint: Checkpoint, stateful: Mapping[str, Stateful], com
             except Exception as error:
                 raise CheckpointError(f"{checkpoint.path}: {key}: {error}") from error
 
+    def restore() -> None:
+        for key, state in before.items():
+            stateful[key].load_state_dict(state)
+
     try:
         collective_try(comm, load_all)
     except CheckpointError:
-        for key, state in before.items():
-            stateful[key].load_state_dict(state)
+        restore()
         raise
+    return restore

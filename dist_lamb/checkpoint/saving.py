@@ -16,8 +16,10 @@ from ..base import LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import Comm, ProcessGroup, host_comm, is_dtensor
 from . import folder, schema, storage
+from . import rng as rng_states
 from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
+from .files import MAX_STEP
 from .fragments import Fragment
 from .json_codec import encode
 
@@ -88,15 +90,18 @@ def save(
         extra: numbers, text, bytes and small tensors, and lists, tuples and dicts of them, e.g.
             ``{"tokens_seen": n}``. Rank 0's is saved.
         rng: save the random number generators (torch, CUDA, Python, NumPy) of every rank.
-        keep: the number of latest checkpoints of ``directory`` to keep; the others are removed.
+        keep: the number of checkpoints to keep, this one and those of the steps before it; the
+            others are removed. Later steps are not touched: a warning names them.
         process_group: the ranks that train this model; default all.
 
     Returns the checkpoint's folder. After a crash it is complete and on disk, or absent.
 
+    The process of rank 0 is the only writer of ``directory`` until it ends: see :func:`claim`.
+
     Raises:
         CheckpointError: on every rank, if any fails: naming a file that cannot be written, a value
-            that cannot be saved, or a step that exists already. Or an earlier :func:`save_async`
-            failed; then nothing is written.
+            that cannot be saved, a step that exists already, or another process that writes to
+            ``directory``. Or an earlier :func:`save_async` failed; then nothing is written.
     """
     wait()
     comm = host_comm(process_group)
@@ -172,10 +177,10 @@ def _snapshot(
     rng: bool,
     keep: int | None,
 ) -> _Snapshot:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise CheckpointError(f"step must be an integer >= 0, got {step!r}")
-    if keep is not None and keep < 1:
-        raise CheckpointError(f"keep must be None or at least 1, got {keep}")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MAX_STEP:
+        raise CheckpointError(f"step must be an integer >= 0 and < {MAX_STEP}, got {step!r}")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise CheckpointError(f"keep must be None or an integer >= 1, got {keep!r}")
     names = schema.Names(model, optimizer)
     tensors = schema.tensors_to_save(names, optimizer)
     if comm.rank:
@@ -183,7 +188,7 @@ def _snapshot(
         tensors = {k: t for k, t in tensors.items() if isinstance(t, Fragment) or is_dtensor(t)}
     if rng:
         device = schema.device_of(names)
-        tensors["rng"] = schema.rng_to_save(comm.rank, comm.world_size, device)
+        tensors["rng"] = rng_states.to_save(comm.rank, comm.world_size, device)
     state = {
         "about": schema.about(names, optimizer),
         "groups": schema.groups_to_save(names, optimizer),
@@ -208,5 +213,5 @@ def _write(
     temporary = on_rank_zero(comm, lambda: folder.create_temporary(directory, step))
     storage.write(snapshot.tensors, temporary, step, snapshot.state, comm)
     if keep is not None and comm.rank == 0:
-        folder.retain(directory, keep)
+        folder.retain(directory, step, keep)
     return directory / f"step-{step}"

@@ -13,9 +13,8 @@ The state of a parameter that never had a gradient may be absent; it is zero the
 from __future__ import annotations
 
 import copy
-import json
-import random
-import sys
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,15 +25,15 @@ from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import options as lamb_options
-from ..base import LambBase
+from ..base import SKIPPED, LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import is_dtensor
 from ..sharding.dtensors import local_of, wrapped
 from ..state import MASTER, TENSOR_STATES, state_dtype, state_like, states_of
 from .errors import CheckpointError
-from .files import Checkpoint, Entry
+from .files import Entry
 from .fragments import Fragment
-from .json_codec import decode, encode, memory_of
+from .reading import Checkpoint
 
 #: If options differ: raise, use the checkpoint's, or keep the optimizer's.
 WhichOptions: TypeAlias = Literal["same", "saved", "own"]
@@ -49,7 +48,6 @@ _NOT_COMPARED = frozenset(
 )
 #: Parts of names that wrappers add: torch.compile, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-_RNG_NBYTES = 2**15
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -199,12 +197,6 @@ def check_groups(
             f"{path}: {name} is in parameter group {i}, and not in this optimizer"
         )
     for i, (theirs, ours) in enumerate(zip(saved, optimizer.param_groups)):
-        if which == "saved":
-            rest = {k: v for k, v in theirs.items() if k != "params"}
-            try:
-                lamb_options.check_group({**optimizer.defaults, **rest})
-            except ValueError as error:
-                raise CheckpointError(f"{path}: parameter group {i}: {error}") from None
         for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED):
             if which == "same" and not _equal(theirs[option], ours[option]):
                 raise CheckpointError(
@@ -214,63 +206,128 @@ def check_groups(
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return bool(torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()))
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return tuple(a) == tuple(b)
-    return bool(a == b)
+    try:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return bool(torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()))
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return tuple(a) == tuple(b)
+        return bool(a == b)
+    except (TypeError, ValueError, RuntimeError):  # of kinds that cannot be compared
+        return False
 
 
-def apply_groups(checkpoint: Checkpoint, optimizer: LambBase, which: WhichOptions) -> None:
-    """Set lr, the other options and the count of skipped steps to the saved values.
+def group_values(
+    checkpoint: Checkpoint, optimizer: LambBase, which: WhichOptions
+) -> list[dict[str, Any]]:
+    """What each group of the optimizer gets: lr, the other options, the count of skipped steps.
+
+    Raises ``CheckpointError`` naming an option with a value that is not valid.
+    """
+    if which == "own":
+        return [{} for _ in optimizer.param_groups]
+    values = []
+    for i, (theirs, ours) in enumerate(zip(checkpoint.state["groups"], optimizer.param_groups)):
+        rest = {k: v for k, v in theirs.items() if k != "params"}
+        taken = {k: v for k, v in rest.items() if k not in lamb_options.TORCH_FLAGS}
+        try:
+            lamb_options.check_group({**optimizer.defaults, **rest})
+            _check_schedule(taken)
+            values.append({k: _value_for(ours.get(k), v) for k, v in taken.items()})
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            where = f"{checkpoint.path}: parameter group {i}"
+            raise CheckpointError(f"{where}: {error}") from None
+    return values
+
+
+def _check_schedule(group: Mapping[str, Any]) -> None:
+    """What a schedule and the optimizer itself keep in a group; raises ``ValueError``."""
+    initial = group.get("initial_lr", 0.0)
+    if not math.isfinite(torch.as_tensor(initial).item()):
+        raise ValueError(f"Invalid initial_lr: {initial!r}")
+    skipped = torch.as_tensor(group.get(SKIPPED, 0))
+    if skipped.is_floating_point() or skipped.item() < 0:
+        raise ValueError(f"Invalid {SKIPPED}: {skipped!r}")
+
+
+def _value_for(own: Any, value: Any) -> Any:
+    # A tensor in the group is overwritten, not replaced; else a copy, since the optimizer changes
+    # tensors in place, and the checkpoint keeps its own.
+    return torch.as_tensor(value).item() if isinstance(own, Tensor) else copy.deepcopy(value)
+
+
+def apply_groups(values: list[dict[str, Any]], optimizer: LambBase) -> None:
+    """Set the options that :func:`group_values` has returned.
 
     Tensors that the groups hold are overwritten, not replaced: others may refer to them.
     """
-    if which == "own":
-        return
-    for theirs, ours in zip(checkpoint.state["groups"], optimizer.param_groups):
-        for option, value in theirs.items():
-            if option in ("params", *lamb_options.TORCH_FLAGS):
-                continue
+    for taken, ours in zip(values, optimizer.param_groups):
+        for option, value in taken.items():
             if isinstance(ours.get(option), Tensor):
-                ours[option].fill_(torch.as_tensor(value).item())
+                ours[option].fill_(value)
             else:
-                # A copy: the optimizer changes tensors in place, and the checkpoint keeps its own.
-                ours[option] = copy.deepcopy(value)
+                ours[option] = value
+
+
+def read_steps(checkpoint: Checkpoint, names: Names) -> dict[str, Tensor]:
+    """{name: step count}, 0-d, of the params that have state.
+
+    Raises ``CheckpointError`` naming a count that is none.
+    """
+    steps = {}
+    for name in names.params:
+        if has_state(checkpoint, name):
+            count = checkpoint.tensor(f"optimizer.{name}.step")
+            if not (count >= 0 and count.isfinite() and count == count.floor()):
+                raise CheckpointError(
+                    f"{checkpoint.path}: optimizer.{name}.step is {float(count)}, no count"
+                )
+            steps[name] = count
+    return steps
 
 
 class Targets:
     """The memory that a checkpoint's tensors are read into, and the steps after reading.
 
     Raises nothing that depends on the rank; all checks come before.
+
+    Args:
+        steps: the step counts of the params that have state, as :func:`read_steps` returns them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, names: Names, optimizer: LambBase | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Names,
+        optimizer: LambBase | None,
+        steps: Mapping[str, Tensor],
+    ) -> None:
         self._optimizer = optimizer
         self._model = list(names.model.values())
-        self._steps: dict[Tensor, Tensor] = {}
+        self._steps = {names.params[name]: count for name, count in steps.items()}
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
-        saved = {name: has_state(checkpoint, name) for name in names.params}
         self._pieces: Mapping[Tensor, Any] = {}
+        kept = set(steps)
         if isinstance(optimizer, ShardedLamb):
-            self._pieces = optimizer.pieces(build=any(saved.values()))
+            self._pieces = optimizer.pieces(build=bool(steps))
+            kept = {name for name in steps if names.params[name] in self._pieces}
+            _warn_of_frozen([name for name in names.params if name in steps.keys() - kept])
         self.tensors: dict[str, Any] = {}
         for name, t in names.model.items():
             sharded = t in self._pieces and t.numel()
             target = _fragment(self._pieces[t], "param") if sharded else t.detach()
             self.tensors[f"model.{name}"] = target
         for name, p in names.params.items():
-            if saved[name]:
+            if name in kept:
                 self._add_state(name, p)
-        self._without_state = [p for name, p in names.params.items() if not saved[name]]
+        self._without_state = [p for name, p in names.params.items() if name not in kept]
 
     def _add_state(self, name: str, p: Tensor) -> None:
         assert self._optimizer is not None
         for state_name in state_names(p):
-            target: Any
             if state_name == "step":
-                target = self._steps[p] = torch.zeros(())
-            elif p in self._pieces:
+                continue  # known before anything is overwritten
+            target: Any
+            if p in self._pieces:
                 piece = self._pieces[p]
                 target = _fragment(piece, state_name) if p.numel() else torch.empty(p.shape)
             else:
@@ -291,7 +348,8 @@ class Targets:
         if isinstance(optimizer, ShardedLamb):
             if self._pieces:
                 for p in self._without_state:
-                    self._reset(p)
+                    if p in self._pieces:  # a frozen param has no state at all
+                        self._reset(p)
                 optimizer.take_pieces(self._steps)
             return
         for p in self._without_state:
@@ -311,40 +369,14 @@ class Targets:
                 views[name].zero_()
 
 
-# --- random numbers ------------------------------------------------------------------------------
-
-
-def rng_to_save(rank: int, world_size: int, device: torch.device) -> Fragment:
-    """This rank's row of ``rng``: the states of torch's, Python's and NumPy's generators."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    if "numpy" in sys.modules:
-        algorithm, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [algorithm, keys.tolist(), *rest]
-    row = torch.full((_RNG_NBYTES,), ord(" "), dtype=torch.uint8)
-    text = json.dumps(encode(state, "rng")).encode()
-    memory_of(row)[: len(text)] = text
-    return Fragment((world_size, _RNG_NBYTES), (_RNG_NBYTES, 1), rank * _RNG_NBYTES, row)
-
-
-def restore_rng(row: Tensor, device: torch.device) -> None:
-    """Set the generators to the states in a row that :func:`rng_to_save` returned."""
-    state = decode(json.loads(bytes(memory_of(row))))
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if "numpy" in sys.modules and "numpy" in state:
-        numpy = sys.modules["numpy"]
-        algorithm, keys, *rest = state["numpy"]
-        numpy.random.set_state((algorithm, numpy.array(keys, dtype=numpy.uint32), *rest))
-
-
-def rng_fits(checkpoint: Checkpoint, world_size: int) -> bool:
-    """Whether there are as many rows as ranks."""
-    entry = checkpoint.tensors.get("rng")
-    return entry is not None and entry.shape == (world_size, _RNG_NBYTES)
+def _warn_of_frozen(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{names[0]}{more} has state in the checkpoint and is frozen here: ShardedLamb keeps "
+            "no state of frozen params",
+            stacklevel=2,
+        )
 
 
 def device_of(names: Names) -> torch.device:

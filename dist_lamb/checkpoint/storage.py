@@ -50,7 +50,6 @@ from .files import (
     MANIFEST,
     STATE,
     TENSORS,
-    Checkpoint,
     Chunk,
     DataFile,
     Entry,
@@ -62,6 +61,8 @@ from .files import (
 )
 from .folder import discard, publish
 from .fragments import Fragment
+from .owner import check_claims
+from .reading import Checkpoint
 
 
 class LocalBoxes:
@@ -238,6 +239,8 @@ def write(tensors: dict[str, Any], temporary: Path, step: int, state: str, comm:
     except CheckpointError:
         if comm.rank == 0:
             discard(temporary)
+            # Whoever has taken over removed the files that were being written.
+            check_claims(temporary.parent)
         raise
 
 

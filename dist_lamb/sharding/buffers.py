@@ -30,6 +30,8 @@ from .settings import Settings
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
 #: a gradient: presence travels with the gradient itself and costs no collective.
 ABSENT = -0.0
+#: What :meth:`FlatBuffers.gather_state` calls the gradients.
+GRADS = "grads"
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
 
 
@@ -126,6 +128,9 @@ class FlatBuffers:
         self._first_tiles: list[tuple[Tensor, Tensor, Tensor]] | None = None
         #: params with elements here
         self.own = frozenset(self._extent_of)
+        self.bucketed = [self.params[j] for bucket in layout.buckets for j in bucket.params]
+        #: params without elements, which lie in no bucket
+        self.empty = frozenset(j for j, spec in enumerate(layout.params) if not spec.numel)
 
     @staticmethod
     def of(named: Sequence[tuple[str, Tensor]], comm: Comm, settings: Settings) -> FlatBuffers:
@@ -222,16 +227,19 @@ class FlatBuffers:
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def stage(self, bucket: int, slot: int) -> tuple[Tensor, Iterable[int]]:
+    def stage(self, bucket: int, slot: int, nothing: bool = False) -> tuple[Tensor, Iterable[int]]:
         """A bucket's gradients put together in staging buffer ``slot``, and which params have one.
 
+        ``nothing``: as if none had one.
         Raises ``RuntimeError`` naming a param whose gradient is sparse.
         """
         staging = self._staging.get(bucket)
         if staging is None:
             staging = self._staging[bucket] = self._make_staging(bucket, slot)
         # Backward waits for the host here: few operations, and loops in C where it is hundreds.
-        grads: list[Any] = list(map(_GRAD, staging.params))
+        grads: list[Any] = list(
+            repeat(None, len(staging.params)) if nothing else map(_GRAD, staging.params)
+        )
         slots, present, absent = staging.slots, staging.members, []
         if any(map(is_, grads, repeat(None))):
             having = [k for k, g in enumerate(grads) if g is not None]
@@ -327,6 +335,16 @@ class FlatBuffers:
             found[params] = ~((first == 0) & torch.signbit(first))
         return found
 
+    def load_gradients(self, means: Mapping[Tensor, Tensor]) -> None:
+        """Take this rank's part of whole means over ranks; of other params there is no gradient."""
+        for bank in self.banks.values():
+            bank.grads.fill_(ABSENT)
+        for e in self._extents:
+            mean = means.get(self.params[e.param])
+            if mean is not None:
+                memory = flat_row(as_laid_out(mean, self._slots[e.param]))[0]
+                _flat(self.shards[e.bucket].grads, e).copy_(memory[e.param_start :][: e.numel])
+
     # --- state -----------------------------------------------------------------------------------
 
     def local_state(self, i: int) -> dict[str, Tensor]:
@@ -367,9 +385,9 @@ class FlatBuffers:
         """
         found = {}
         for bucket, s in zip(self.layout.buckets, self.shards):
-            if name not in s.states:
+            shard = s.grads if name == GRADS else s.states.get(name)
+            if shard is None:
                 continue
-            shard = s.states[name]
             whole = self._zeros(shard.numel() * self._comm.world_size, shard.dtype)
             self._comm.all_gather(whole, shard.contiguous())
             for i in bucket.params if keep else ():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from datetime import timedelta
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from .. import _torch_private
 
 ProcessGroup = dist.ProcessGroup
-__all__ = ["Comm", "DTensor", "DeviceMesh", "ProcessGroup", "host_comm", "is_dtensor"]
+#: "self": this rank alone, as MPI_COMM_SELF is.
+Group: TypeAlias = ProcessGroup | Literal["self"]
+__all__ = ["Comm", "DTensor", "DeviceMesh", "Group", "ProcessGroup", "host_comm", "is_dtensor"]
 
 
 class Comm:
@@ -27,11 +31,11 @@ class Comm:
     Without torch.distributed initialised, or on an axis of one rank, every operation is local.
     """
 
-    def __init__(
-        self, group: ProcessGroup | None = None, across: ProcessGroup | None = None
-    ) -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
+    def __init__(self, group: Group | None = None, across: ProcessGroup | None = None) -> None:
+        if group is None and _initialized():
             group = dist.group.WORLD
+        elif group == "self":
+            group = None
         self.group = group
         self.across = across
         self.world_size: int = dist.get_world_size(group) if group is not None else 1
@@ -44,7 +48,7 @@ class Comm:
             raise ValueError("this process is not a member of the process group it was given")
 
     @staticmethod
-    def of(group: ProcessGroup | None, mesh: DeviceMesh | None) -> Comm:
+    def of(group: Group | None, mesh: DeviceMesh | None) -> Comm:
         """The comm meant by the ``process_group`` and ``mesh`` arguments of an optimizer."""
         if mesh is None:
             return Comm(group)
@@ -64,6 +68,41 @@ class Comm:
         comm = Comm(axis)
         comm.replicated = comm.world_size < Comm().world_size
         return comm
+
+    @staticmethod
+    def of_all() -> Comm:
+        """All ranks, once it must be known which there are.
+
+        Raises ``RuntimeError`` where others were started and cannot be reached.
+        """
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world != "1" and not _initialized():
+            raise RuntimeError(
+                f"WORLD_SIZE is {world}, but there is no process group, and every rank would train "
+                "on its own: call torch.distributed.init_process_group() before the optimizer is "
+                "first used. If that is meant, make it with process_group='self'"
+            )
+        return Comm()
+
+    @staticmethod
+    def known() -> bool:
+        """Whether there is a process group already."""
+        return _initialized()
+
+    @property
+    def me(self) -> int:
+        """This rank among those of all groups, as messages name it."""
+        return dist.get_rank() if _initialized() else 0
+
+    def store(self, name: str) -> Any:
+        """Where ranks can leave words for each other, under a name of their own; another client
+        than the one that backends use, for a wait on it keeps others from it."""
+        store = _torch_private.default_store().clone()
+        return dist.distributed_c10d.PrefixStore(f"dist_lamb {name}", store)
+
+    def timeout(self) -> timedelta:
+        """After how long a collective fails."""
+        return _torch_private.timeout_of(self.group)
 
     @property
     def num_ranks(self) -> int:
@@ -89,10 +128,25 @@ class Comm:
     def from_first(self, value: Any) -> Any:
         """A picklable ``value`` of rank 0 of both axes, on every rank."""
         box = [value]
-        for size, group in ((self.replicas, self.across), (self.world_size, self.group)):
+        for size, group in self._axes():
             if size > 1:
                 dist.broadcast_object_list(box, group=group, group_src=0)
         return box[0]
+
+    def everyone(self, item: Any) -> list[Any]:
+        """A picklable ``item`` of every rank on both axes, in order, on every rank."""
+        found = [item]
+        for size, group in reversed(self._axes()):
+            if size > 1:
+                several: list[list[Any]] = [[] for _ in range(size)]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    dist.all_gather_object(several, found, group=group)
+                found = [one for some in several for one in some]
+        return found
+
+    def _axes(self) -> list[tuple[int, ProcessGroup | None]]:
+        return [(self.replicas, self.across), (self.world_size, self.group)]
 
     def all_reduce_sum(self, t: Tensor) -> Tensor:
         """Over the shard axis, in place or not; the same bits in all of its replicas."""
@@ -104,6 +158,13 @@ class Comm:
             return whole.sum(dim=0)
         if self.world_size > 1:
             dist.all_reduce(t, group=self.group)
+        return t
+
+    def sum_over_all(self, t: Tensor) -> Tensor:
+        """In place, over both axes."""
+        for size, group in self._axes():
+            if size > 1:
+                dist.all_reduce(t, group=group)
         return t
 
     def all_reduce_across(self, t: Tensor) -> Tensor:
@@ -158,27 +219,18 @@ class Comm:
 
         The error names the first item that differs. Only a digest travels when all is well.
         """
-        axes = [(self.replicas, self.across), (self.world_size, self.group)]
         digest = list(hashlib.sha256(repr(items).encode()).digest())
         same = True
-        for size, group in axes:
+        for size, group in self._axes():
             if size > 1:
                 # A difference on the first axis reaches all ranks by the second: its flag travels.
                 mine = torch.tensor([*digest, same], dtype=torch.uint8, device=device)
                 everyone = [torch.empty_like(mine) for _ in range(size)]
                 dist.all_gather(everyone, mine, group=group)
                 same = same and all(torch.equal(mine, other) for other in everyone)
-        if same:
-            return
-        theirs = [items]
-        for size, group in reversed(axes):  # ends in the order of the ranks
-            if size > 1:
-                found: list[list[Any]] = [[] for _ in range(size)]
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    dist.all_gather_object(found, theirs, group=group)
-                theirs = [one for several in found for one in several]
-        raise ValueError(f"{what} differ between ranks: {_first_difference(theirs)}")
+        if not same:
+            theirs = self.everyone(items)
+            raise ValueError(f"{what} differ between ranks: {_first_difference(theirs)}")
 
     def gather_objects(self, item: Any) -> list[Any]:
         """Every rank's ``item``, in the order of the ranks, on every rank."""
@@ -201,7 +253,7 @@ def host_comm(group: ProcessGroup | None = None) -> Comm:
     ranks the caller does.
     """
     global _host_group
-    if group is not None or not (dist.is_available() and dist.is_initialized()):
+    if group is not None or not _initialized():
         return Comm(group)
     if _host_group is None or _host_group[0] is not dist.group.WORLD:
         _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
@@ -215,6 +267,10 @@ def _first_difference(theirs: list[list[Any]]) -> str:
             if item != items[0]:
                 return f"rank 0 has {items[0]}, rank {rank} has {item}"
     return "no item does, but their digests do"
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from .. import _torch_private
 
@@ -69,3 +70,21 @@ class CommStream:
             else torch.cuda.default_stream(self.device)
         )
         self.current().wait_stream(other)
+
+
+class Later:
+    """A tensor of one element on its way to the host, which need not wait for what comes after."""
+
+    def __init__(self, t: Tensor) -> None:
+        self._host = t
+        self._there: torch.cuda.Event | None = None
+        if t.device.type == "cuda":
+            self._host = torch.empty_like(t, device="cpu", pin_memory=True)
+            self._host.copy_(t, non_blocking=True)
+            self._there = event()
+            self._there.record()
+
+    def item(self) -> float:
+        if self._there is not None:
+            self._there.synchronize()
+        return float(self._host)

@@ -12,6 +12,17 @@ from torch import nn
 from .. import _torch_private
 
 
+class Handles(list[Any]):
+    """Handles of hooks, which are removed with their owner: dead ones would be called for ever."""
+
+    def remove_all(self) -> None:
+        for handle in self:
+            handle.remove()
+        self.clear()
+
+    __del__ = remove_all
+
+
 class Hook:
     """A hook on a module or a param that calls back into an optimizer, as long as that lives.
 
@@ -105,10 +116,8 @@ class ForwardOrder:
         self._synchronize = weakref.WeakMethod(synchronize)
         self._modules = list(model.modules())
         index = {id(m): i for i, m in enumerate(self._modules)}
-        #: the trainable params of each module, by id
-        self.own = [
-            [id(p) for p in m.parameters(recurse=False) if p.requires_grad] for m in self._modules
-        ]
+        #: the params of each module, by id: also frozen ones, which may be trained later
+        self.own = [[id(p) for p in m.parameters(recurse=False)] for m in self._modules]
         self._owners = {i for i, own in enumerate(self.own) if own}
         self._parents: list[list[int]] = [[] for _ in self._modules]
         for i, m in enumerate(self._modules):
@@ -119,10 +128,21 @@ class ForwardOrder:
         self._known: tuple[set[int], dict[int, set[int]]] | None = None
         self._handles: dict[int, Any] = {}
         self._watch(range(len(self._modules)))
+        self._others = Handles()
         for i, m in enumerate(self._modules):
             of: Any = m
-            of.register_state_dict_pre_hook(Hook(self._before_state_dict, i))
-            of.register_load_state_dict_pre_hook(Hook(self._before_state_dict, i))
+            hook = Hook(self._before_state_dict, i)
+            self._others.append(of.register_state_dict_pre_hook(hook))
+            self._others.append(of.register_load_state_dict_pre_hook(hook))
+
+    def remove(self) -> None:
+        """All hooks."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
+        self._others.remove_all()
+
+    __del__ = remove
 
     def _watch(self, chosen: Iterable[int]) -> None:
         """Have these modules report when they run, and no others: each costs the host some us."""

@@ -11,6 +11,8 @@ import json
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from dist_lamb.checkpoint import Checkpoint, CheckpointError
 from pretraining.batches import TrainBatches
 from pretraining.config import ConfigError, PretrainConfig
 from pretraining.engine_base import Engine
+from pretraining.ranks import Ranks
 
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-\d+")
@@ -54,6 +57,30 @@ _MAY_CHANGE = frozenset(
         "train.timeout_minutes",
     }
 )
+
+
+@contextmanager
+def claimed(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """As a context: this is the only job that writes to ``run_dir``. All ranks enter it.
+
+    Raises:
+        ConfigError: on every rank, naming the job that writes there.
+    """
+    owner, problem = None, None
+    if ranks.rank == 0:
+        try:
+            owner = checkpoint.claim(run_dir)
+        except CheckpointError as error:
+            # Raised here alone, it would make the others fail with a lost connection.
+            problem = f"train.run_dir: {error}"
+    problem = ranks.from_first(problem)
+    if problem:
+        raise ConfigError(problem)
+    try:
+        yield
+    finally:
+        if owner is not None:
+            owner.release()
 
 
 def save(

@@ -133,7 +133,7 @@ def draw_heat_map(run_dir: Path) -> Path | None:
         norm=LogNorm(low, max(high, low * 1.01)),
         extent=(-0.5, len(steps) - 0.5, len(names) - 0.5, -0.5),
     )
-    ticks = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 11)).round().astype(int))
+    ticks = range(0, len(steps), -(-len(steps) // 12))
     axes.set_xticks(ticks, [str(steps[i]) for i in ticks])
     axes.set_xlabel("step")
     if few:
@@ -145,7 +145,7 @@ def draw_heat_map(run_dir: Path) -> Path | None:
         axes.set_yticks(firsts, [groups[i] for i in firsts], fontsize=7)
         for i in firsts[1:]:
             axes.axhline(i - 0.5, color="white", linewidth=0.4)
-    bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01)
+    bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01, format="{x:g}")
     bar.set_label("trust ratio ||x|| / ||u||")
     axes.set_title(f"trust ratio of each weight matrix: {run_dir.name}", loc="left", fontsize=11)
     path = run_dir / PICTURE_NAME

@@ -3,7 +3,9 @@
     python tests/manual/soak_kill.py --kills 100 --folder /tmp/soak
 
 Runs the job once undisturbed, then under ``torchrun --max-restarts`` while one rank after another
-is killed, and compares the two logs. Prints its counts and ends with status 1 if anything was lost.
+is killed, and compares the two logs. Half way a second job is started on the same folder, as by
+mistake, while the kills go on: it must be refused. Prints its counts and ends with status 1 if
+anything was lost.
 """
 
 from __future__ import annotations
@@ -73,6 +75,9 @@ class Counts:
     #: before the rank had got to training
     while_starting: int = 0
     restarts: int = 0
+    #: jobs that were started on the same folder, and those of them that ended with the clear error
+    intruders: int = 0
+    refused: int = 0
     seconds: float = 0.0
     #: restarts that came back from an older checkpoint than was there when the rank was killed
     stepped_back: int = 0
@@ -82,7 +87,8 @@ class Counts:
 
     @property
     def lost(self) -> bool:
-        return bool(self.stepped_back or self.other_steps or self.status)
+        mixed = self.intruders != self.refused
+        return bool(self.stepped_back or self.other_steps or self.status or mixed)
 
 
 def write_config(folder: Path, steps: int) -> Path:
@@ -224,7 +230,7 @@ def soak(
     say(f"undisturbed: {time.monotonic() - began:.0f} s")
 
     saves = folder / "killed" / "checkpoints"
-    job = Job(config, folder / "killed", ranks, max_restarts=2 * kills + 10)
+    job, intruder = Job(config, folder / "killed", ranks, max_restarts=2 * kills + 10), None
     try:
         before = 0  # the checkpoint that was there when a rank was killed
         while counts.kills < kills:
@@ -258,6 +264,9 @@ def soak(
                     os.kill(rng.choice(sorted(again)), signal.SIGKILL)
                     counts.kills += 1
                     counts.while_starting += 1
+            if intruder is None and 2 * counts.kills >= kills:
+                counts.intruders += 1
+                intruder = Job(config, folder / "killed", 1, max_restarts=0)
             if counts.kills % 10 < 2:
                 say(f"{time.monotonic() - began:.0f} s, at step {before}: {counts}", flush=True)
         # The last restart counts as well; then on to the end.
@@ -265,10 +274,17 @@ def soak(
             counts.restarts += 1
             counts.stepped_back += int(match[1]) < before
         counts.status = job.process.wait(60)
+        if intruder is not None:
+            refused = intruder.until(r"train\.run_dir: .* writes here; stop it, or", timeout=300)
+            counts.refused += bool(refused) and intruder.process.wait(60) != 0
+            (folder / "intruder.log").write_text("".join(intruder.printed))
     finally:
-        job.process.kill()
-        for rest in children(job.process.pid):
-            os.kill(rest, signal.SIGKILL)
+        for each in (job, intruder):
+            if each is not None:
+                rest = children(each.process.pid)
+                each.process.kill()
+                for pid in rest:
+                    os.kill(pid, signal.SIGKILL)
     (folder / "killed.log").write_text("".join(job.printed))
     counts.other_steps = differing(folder / "calm", folder / "killed", steps)
     counts.seconds = round(time.monotonic() - began, 1)

@@ -1,0 +1,52 @@
+"""Wrappers of torch around the params of an optimizer that reduces gradients itself."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .arrivals import any_gradient
+
+
+def wrapper_problem(params: Sequence[Tensor]) -> str | None:
+    """Why gradients of these params must not be averaged, or will never come; None if all is well.
+
+    Frameworks wrap a model long after its optimizer was made, so all living objects are looked at.
+    """
+    problem = _found(params)
+    if problem is not None:
+        gc.collect()  # it may be of a wrapper that nobody uses any more
+        problem = _found(params)
+    return problem
+
+
+def _found(params: Sequence[Tensor]) -> str | None:
+    own, shapes = set(map(id, params)), {tuple(p.shape) for p in params}
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharders = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if not issubclass(kind, nn.Module) or "_modules" not in thing.__dict__:
+            continue  # or one that was never finished
+        if issubclass(kind, DistributedDataParallel):
+            if not own.isdisjoint(map(id, thing.parameters())):
+                return (
+                    "its params are in a DistributedDataParallel, which averages their gradients: "
+                    "make it with reduce_gradients=False"
+                )
+        elif issubclass(kind, sharders):
+            theirs = list(thing.parameters())
+            held = {tuple(s) for q in theirs for s in getattr(q, "_shapes", None) or [q.shape]}
+            # FSDP puts others in the place of the params that it was given.
+            replaced = not any_gradient(params) and shapes <= held
+            if replaced or not own.isdisjoint(map(id, theirs)):
+                return (
+                    "its params are in an FSDP module, which shards them and averages their "
+                    "gradients (reduce_gradients=False is for DistributedDataParallel): use "
+                    "dist_lamb.Lamb, made of the params that fully_shard() left in the module"
+                )
+    return None
