@@ -176,6 +176,7 @@ class _Loop:
         self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
         self._flops = train_flops(config.model, config.data)
         self._tensors: telemetry.TensorsLog | None = None
+        self._noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
         self._first_step = first_step
         self._pending: list[tuple[int, Tensor, float, int]] = []
         self._skipped = SkippedSteps(config.train.max_skipped_in_a_row, engine.skipped_steps())
@@ -191,8 +192,10 @@ class _Loop:
         torch.manual_seed(stream_key("dropout", config.seed, step, self._ranks.rank))
         engine.model.train()
         total = torch.zeros((), device=self._ranks.device)
+        noise = self._noise if _is_due(step, config.noise_every, 0) else None
         for index, micro_batch in enumerate(batches.next_batch(), start=1):
-            with engine.micro_batch(last=index == batches.micro_batches):
+            watched = noise.watch(1 / batches.micro_batches) if noise and index == 1 else None
+            with engine.micro_batch(last=index == batches.micro_batches), watched or nullcontext():
                 with self._autocast():
                     losses, _ = engine.model(*to_device(micro_batch, self._ranks.device))
                 loss = losses.mean() / batches.micro_batches
@@ -203,6 +206,8 @@ class _Loop:
         # Its all-reduce runs while the optimizer works.
         flag, agreement = self._ranks.stopping(bool(self._request.signal))
         engine.step()
+        if noise:
+            noise.update(engine.optimizer.grad_norm())
         self._scheduler.step()
         self._pending.append((step, total, lr, batches.position))
         self._skipped.add(step, engine.skipped_steps())
@@ -241,6 +246,9 @@ class _Loop:
         # A skipped step has no trust ratios.
         if self._ranks.rank == 0 and not counted[-1].skipped:
             rows[-1] = replace(rows[-1], trust=summarize_trust(trust, self._shapes))
+            if self._noise:
+                scale = float(self._noise.mean().scale)
+                rows[-1] = replace(rows[-1], noise_scale=scale if math.isfinite(scale) else None)
             self._add_tensors(rows[-1].step)
         self._report.train(rows)
         self._pending = []

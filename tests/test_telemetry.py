@@ -9,16 +9,17 @@ import pytest
 from pretrain_runs import STEPS, run_here
 from pretraining import telemetry
 from pretraining.batches import PackedSequences, TrainBatches
-from pretraining.config import load_config
+from pretraining.config import ConfigError, load_config
 from pretraining.masking import Masking
 from pretraining.model import train_flops
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("no_process_group_left")
 
 
 def test_tensors_are_logged_and_drawn(config: Path, tmp_path: Path) -> None:
     """At log steps 3, 6, 9, 12 every second one; the picture is one of these rows."""
-    log = run_here(config, tmp_path / "run", "train.tensors_every=2")
+    log = run_here(config, tmp_path / "run", "train.tensors_every=2", "train.noise_every=2")
     rows = telemetry.read_rows(tmp_path / "run" / telemetry.LOG_NAME)
     assert [row["step"] for row in rows] == [6, STEPS]
     trust = {row["step"]: row["trust"] for row in log if row["kind"] == "train" and row["trust"]}
@@ -35,6 +36,10 @@ def test_tensors_are_logged_and_drawn(config: Path, tmp_path: Path) -> None:
     train = [row for row in log if row["kind"] == "train"]
     settings = load_config(config, [])
     per_token = train_flops(settings.model, settings.data)
+    # log rows 3, 6, 9 and 12 read the means of steps 2, 4, .. so far
+    measured = {row["step"]: row["noise_scale"] for row in train if row["trust"]}
+    assert all(value is not None for value in measured.values())
+    assert len(set(measured.values())) > 2
     for row in train:
         assert row["model_flops_per_s"] == pytest.approx(row["tokens_per_s"] * per_token)
 
@@ -44,6 +49,20 @@ def test_flops_of_bert_large() -> None:
     path = Path(__file__).parent.parent / "configs" / "bert_large_32k.toml"
     settings = load_config(path, [])
     assert train_flops(settings.model, settings.data) == pytest.approx(6 * 302e6, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (["optim.engine=fsdp2"], "engines sharded and ddp"),
+        (["optim.max_grad_norm=0", "optim.nonfinite=propagate"], "gradient norm"),
+        (["train.micro_batch=16"], "two batch sizes"),
+    ],
+)
+def test_noise_that_cannot_be_measured(config: Path, wrong: list[str], text: str) -> None:
+    settings = load_config(config, ["train.noise_every=2", *wrong])
+    with pytest.raises(ConfigError, match=text):
+        telemetry.noise_scale_of(settings, nn.Linear(2, 2), settings.train.micro_batch)
 
 
 def batches(ahead: bool) -> TrainBatches:

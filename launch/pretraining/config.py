@@ -193,6 +193,9 @@ class TrainConfig(_Section):
     tensors_every: Count = 0
     """Times ``log_every``: steps between rows of trust ratio, ||x|| and ||u|| of every weight
     matrix in ``tensors.jsonl``, TensorBoard histograms, and a heat map at the end; 0 = none."""
+    noise_every: Count = 0
+    """Steps between measurements of the gradient noise scale (arXiv 1812.06162), in sequences;
+    each reads one micro-batch's gradients once more; 0 = none. Engines sharded and ddp."""
     eval_every: Count = 0
     """Steps between held-out evaluations besides the first and the last; 0 = only those two."""
     eval_sequences: PositiveInt = 512

@@ -58,6 +58,8 @@ class TrainRow:
     model_flops_per_s: float = 0.0
     """Of forward and backward, over all ranks, without recomputation: see ``model.train_flops``."""
     trust: Trust | None = None
+    noise_scale: float | None = None
+    """The batch beyond which larger ones pay less, in sequences; see ``train.noise_every``."""
     kind: ClassVar[str] = "train"
 
 
@@ -206,6 +208,8 @@ class TensorBoard:
             add("train/tokens_per_s", row.tokens_per_s, row.step)
             add("train/model_flops_per_s", row.model_flops_per_s, row.step)
             add("train/skipped_steps", row.skipped_steps, row.step)
+            if row.noise_scale is not None:
+                add("train/noise_scale", row.noise_scale, row.step)
             if row.trust is not None:
                 for name in ("min", "median", "max"):
                     add(f"trust_ratio/{name}", getattr(row.trust, name), row.step)

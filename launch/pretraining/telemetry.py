@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_lamb import GradientNoiseScale
+from pretraining.config import ConfigError, PretrainConfig
 from pretraining.report import layer_group
 
 LOG_NAME = "tensors.jsonl"
@@ -84,6 +86,33 @@ class TensorsLog:
                     self._writer.add_histogram(f"tensors/{column}", found, row.step)
             if row.grad_norm is not None:
                 self._writer.add_scalar("train/grad_norm", row.grad_norm, row.step)
+
+
+def noise_scale_of(
+    config: PretrainConfig, model: nn.Module, micro_batch: int
+) -> GradientNoiseScale | None:
+    """What measures the gradient noise scale, in sequences; None where it is not asked for.
+
+    Raises:
+        ConfigError: it cannot be measured in this run.
+    """
+    optim, of = config.optim, config.train
+    if not of.noise_every:
+        return None
+    if optim.engine not in ("sharded", "ddp"):
+        raise ConfigError(f"train.noise_every is for engines sharded and ddp, not {optim.engine}")
+    if not optim.max_grad_norm and optim.nonfinite != "skip":
+        raise ConfigError(
+            "train.noise_every needs the gradient norm: set optim.max_grad_norm, or "
+            'optim.nonfinite = "skip"'
+        )
+    try:
+        return GradientNoiseScale(model, small_batch=micro_batch, big_batch=of.global_batch)
+    except ValueError:
+        raise ConfigError(
+            f"train.noise_every compares two batch sizes, but train.global_batch = "
+            f"{of.global_batch} is one micro-batch; lower train.micro_batch"
+        ) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
