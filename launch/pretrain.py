@@ -42,13 +42,13 @@ if __name__ == "__main__":
         sys.exit(f"pretrain: error: {error}")
 
 import torch
-from pretraining import checkpoint, curves
+from pretraining import checkpoint, curves, telemetry
 from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, to_device
 from pretraining.config import ConfigError, PretrainConfig, load_config
 from pretraining.engine_base import Engine
 from pretraining.engines import build_engine
 from pretraining.masking import Masking, stream_key
-from pretraining.model import build_model
+from pretraining.model import build_model, compile_layers, train_flops
 from pretraining.ranks import Ranks, StopRequest, check_restarts, started
 from pretraining.report import (
     LOG_NAME,
@@ -95,6 +95,8 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
     model = build_model(config.model, config.data, config.train.seed, ranks.device)
     if config.train.init_from and not saved:
         checkpoint.load_weights(Path(config.train.init_from), model)
+    if config.train.compile:
+        compile_layers(model)  # before an engine wraps the layers
     engine = build_engine(model, config, _scaled_lr(config))
     scheduler = schedules.warmup_linear_decay(
         engine.optimizer, _warmup_steps(config, len(batches.sequences)), config.train.steps
@@ -115,7 +117,9 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
         for change in changes:
             report.say(f"changed since: {change}")
         stop, step = False, first_step
-        loop = _Loop(config, ranks, engine, scheduler, batches, held_out, report, request)
+        loop = _Loop(
+            config, ranks, engine, scheduler, batches, held_out, report, request, first_step
+        )
         if not first_step:
             loop.evaluate(0)
         elif first_step >= config.train.steps:
@@ -159,6 +163,7 @@ class _Loop:
         held_out: HeldOutBatches,
         report: Report,
         request: StopRequest,
+        first_step: int,
     ) -> None:
         self._config = config
         self._request = request
@@ -169,6 +174,10 @@ class _Loop:
         self._held_out = held_out
         self._report = report
         self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
+        self._flops = train_flops(config.model, config.data)
+        self._tensors: telemetry.TensorsLog | None = None
+        self._noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
+        self._first_step = first_step
         self._pending: list[tuple[int, Tensor, float, int]] = []
         self._skipped = SkippedSteps(config.train.max_skipped_in_a_row, engine.skipped_steps())
         self.restart_clock()
@@ -183,8 +192,10 @@ class _Loop:
         torch.manual_seed(stream_key("dropout", config.seed, step, self._ranks.rank))
         engine.model.train()
         total = torch.zeros((), device=self._ranks.device)
+        noise = self._noise if _is_due(step, config.noise_every, 0) else None
         for index, micro_batch in enumerate(batches.next_batch(), start=1):
-            with engine.micro_batch(last=index == batches.micro_batches):
+            watched = noise.watch(1 / batches.micro_batches) if noise and index == 1 else None
+            with engine.micro_batch(last=index == batches.micro_batches), watched or nullcontext():
                 with self._autocast():
                     losses, _ = engine.model(*to_device(micro_batch, self._ranks.device))
                 loss = losses.mean() / batches.micro_batches
@@ -195,6 +206,8 @@ class _Loop:
         # Its all-reduce runs while the optimizer works.
         flag, agreement = self._ranks.stopping(bool(self._request.signal))
         engine.step()
+        if noise:
+            noise.update(engine.optimizer.grad_norm())
         self._scheduler.step()
         self._pending.append((step, total, lr, batches.position))
         self._skipped.add(step, engine.skipped_steps())
@@ -216,7 +229,15 @@ class _Loop:
         seconds = time.monotonic() - self._clock
         tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
         rows = [
-            TrainRow(step, loss, lr, tokens / seconds, samples, skipped_steps=count.total)
+            TrainRow(
+                step,
+                loss,
+                lr,
+                tokens / seconds,
+                samples,
+                skipped_steps=count.total,
+                model_flops_per_s=tokens / seconds * self._flops,
+            )
             for (step, _, lr, samples), loss, count in zip(
                 self._pending, losses.tolist(), counted, strict=True
             )
@@ -225,10 +246,27 @@ class _Loop:
         # A skipped step has no trust ratios.
         if self._ranks.rank == 0 and not counted[-1].skipped:
             rows[-1] = replace(rows[-1], trust=summarize_trust(trust, self._shapes))
+            if self._noise:
+                scale = float(self._noise.mean().scale)
+                rows[-1] = replace(rows[-1], noise_scale=scale if math.isfinite(scale) else None)
+            self._add_tensors(rows[-1].step)
         self._report.train(rows)
         self._pending = []
         self.restart_clock()
         self._check(rows, [count.skipped for count in counted])
+
+    def _add_tensors(self, step: int) -> None:
+        config = self._config.train
+        every = config.log_every * config.tensors_every
+        if not every or not _is_due(step, every, config.steps):
+            return
+        row = telemetry.read_tensors(step, self._engine.optimizer, self._shapes)
+        if row is not None:
+            if self._tensors is None:
+                self._tensors = telemetry.TensorsLog(
+                    self._config.run_dir, self._first_step, self._report.writer
+                )
+            self._tensors.add(row)
 
     def _check(self, rows: Sequence[TrainRow], skipped: Sequence[bool]) -> None:
         """Raise ``Diverged`` for a loss that is not finite or too many skipped steps in a row."""
@@ -385,7 +423,8 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
             if first_step:
                 read_log(run_dir / LOG_NAME)  # refuses a damaged one before anything is changed
             else:
-                (run_dir / curves.FILE_NAME).unlink(missing_ok=True)
+                for name in (curves.FILE_NAME, telemetry.PICTURE_NAME, telemetry.LOG_NAME):
+                    (run_dir / name).unlink(missing_ok=True)
             (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
             return open_report(run_dir, first_step, config.train.steps)
@@ -416,6 +455,8 @@ def _describe(
 def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
     run_dir, of = config.run_dir, config.train
     picture = curves.draw(run_dir, f"BERT pretraining with LAMB: {run_dir.name}")
+    heat_map = telemetry.draw_heat_map(run_dir)
+    pictures = [f"picture {picture}", f"heat map {heat_map}" if heat_map else None]
     held_out = [row for row in read_log(run_dir / LOG_NAME) if row["kind"] == "held_out"]
     first, last = held_out[0], held_out[-1]
     steps = of.steps - first_step
@@ -425,7 +466,7 @@ def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
         f"({last['loss'] - first['loss']:+.3f} nats), masked accuracy "
         f"{100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} %; "
         f"{compact(tokens)} tokens in {clock(seconds)}\n"
-        f"picture {picture}, log {run_dir / LOG_NAME}, "
+        f"{', '.join(filter(None, pictures))}, log {run_dir / LOG_NAME}, "
         f"checkpoints {run_dir / checkpoint.FOLDER}, "
         f"tensorboard --logdir {run_dir / 'tensorboard'}"
     )

@@ -8,6 +8,7 @@ The position ``p`` is all there is to save, and it means the same at any number 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,6 +108,9 @@ class TrainBatches:
         self.micro_batches = local_batch // micro_batch
         self.position = 0
         self._first = rank * local_batch
+        #: makes the next micro-batch beside the device's work on this one; one at a time
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[MaskedSequences]] | None = None
         self._orders: dict[int, Int64] = {}
 
     def next_batch(self) -> Iterator[MaskedSequences]:
@@ -114,7 +118,20 @@ class TrainBatches:
         first = self.position + self._first
         self.position += self.global_batch
         starts = range(first, first + self.micro_batches * self.micro_batch, self.micro_batch)
-        return (self._masked(np.arange(start, start + self.micro_batch)) for start in starts)
+        following = [*starts[1:], first + self.global_batch]
+        return (self._take(start, after) for start, after in zip(starts, following, strict=True))
+
+    def _take(self, start: int, following: int) -> MaskedSequences:
+        """The micro-batch from sample ``start`` on; the one from ``following`` on is begun."""
+        ahead = self._ahead
+        # After load_state_dict() another one was begun. (It is over before this one is made: the
+        # orders of epochs are its too.)
+        made = ahead[1].result() if ahead else None
+        if ahead is None or ahead[0] != start or made is None:
+            made = self._masked(np.arange(start, start + self.micro_batch))
+        after = np.arange(following, following + self.micro_batch)
+        self._ahead = following, self._worker.submit(self._masked, after)
+        return made
 
     def _masked(self, samples: Int64) -> MaskedSequences:
         epochs, indices = np.divmod(samples, len(self.sequences))

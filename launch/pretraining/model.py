@@ -55,6 +55,25 @@ def build_model(model: ModelConfig, data: DataConfig, seed: int, device: torch.d
     return bert.to(device)
 
 
+def train_flops(model: ModelConfig, data: DataConfig) -> float:
+    """Floating-point operations of forward and backward for one token, a multiply-add as two.
+
+    Matrix products alone, backward as twice forward: the layers' weights, attention over
+    ``seq_len`` positions, and the head at the masked positions.
+    """
+    width, inner = model.hidden_size, model.intermediate_size
+    layer = 4 * width * width + 2 * width * inner + 2 * data.seq_len * width
+    head = data.mask_fraction * (width * width + width * data.vocab_size)
+    return 6.0 * (model.num_hidden_layers * layer + head)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile every encoder layer in place, by one graph for all: names of params stay, and what
+    wraps a layer afterwards (FSDP2, ShardedLamb's waits) stays outside of the graph."""
+    for layer in model.get_submodule("bert.encoder.layer").children():
+        layer.compile()
+
+
 class PretrainDecoder(nn.Module):
     """A causal transformer with normalisation before each block (GPT-2's shape, Radford et al.
     2019), without dropout, and with the input embedding as its vocabulary projection."""

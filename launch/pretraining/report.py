@@ -55,7 +55,11 @@ class TrainRow:
     """Training sequences up to and with this step: the position of the next batch."""
     skipped_steps: int
     """Up to and with this step: those that the optimizer skipped, see ``optim.nonfinite``."""
+    model_flops_per_s: float = 0.0
+    """Of forward and backward, over all ranks, without recomputation: see ``model.train_flops``."""
     trust: Trust | None = None
+    noise_scale: float | None = None
+    """The batch beyond which larger ones pay less, in sequences; see ``train.noise_every``."""
     kind: ClassVar[str] = "train"
 
 
@@ -81,6 +85,12 @@ class Report:
 
     def __init__(self, outlets: Sequence[Outlet]) -> None:
         self._outlets = outlets
+
+    @property
+    def writer(self) -> Any:
+        """TensorBoard's, for what is not a row; None on other ranks than 0."""
+        found = [outlet.writer for outlet in self._outlets if isinstance(outlet, TensorBoard)]
+        return found[0] if found else None
 
     def train(self, rows: Sequence[TrainRow]) -> None:
         for outlet in self._outlets:
@@ -186,17 +196,20 @@ class TensorBoard:
             # TensorBoard would draw the events of an earlier run into the same curves.
             for old in directory.glob("events.out.tfevents.*"):
                 old.unlink()
-        self._writer = SummaryWriter(
+        self.writer = SummaryWriter(
             str(directory), purge_step=first_step + 1 if first_step else None
         )
 
     def train(self, rows: Sequence[TrainRow]) -> None:
-        add = self._writer.add_scalar
+        add = self.writer.add_scalar
         for row in rows:
             add("train/loss", row.loss, row.step)
             add("train/lr", row.lr, row.step)
             add("train/tokens_per_s", row.tokens_per_s, row.step)
+            add("train/model_flops_per_s", row.model_flops_per_s, row.step)
             add("train/skipped_steps", row.skipped_steps, row.step)
+            if row.noise_scale is not None:
+                add("train/noise_scale", row.noise_scale, row.step)
             if row.trust is not None:
                 for name in ("min", "median", "max"):
                     add(f"trust_ratio/{name}", getattr(row.trust, name), row.step)
@@ -204,14 +217,14 @@ class TensorBoard:
                     add(f"trust_ratio_of/{group}", value, row.step)
 
     def held_out(self, row: HeldOutRow) -> None:
-        self._writer.add_scalar("held_out/loss", row.loss, row.step)
-        self._writer.add_scalar("held_out/accuracy", row.accuracy, row.step)
+        self.writer.add_scalar("held_out/loss", row.loss, row.step)
+        self.writer.add_scalar("held_out/accuracy", row.accuracy, row.step)
 
     def say(self, text: str) -> None:
         pass
 
     def close(self) -> None:
-        self._writer.close()
+        self.writer.close()
 
 
 def terminal(first_step: int, total_steps: int) -> Outlet:
