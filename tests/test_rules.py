@@ -8,8 +8,11 @@ from typing import Any
 import models
 import pytest
 import torch
+from dtensor_cases import How, assert_same, everything, placed
 from ranks import WORLDS, each_world, run_ranks
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_lamb import Lamb, ShardedLamb, preset, rules
@@ -62,31 +65,109 @@ def test_rules_in_one_optimizer_are_those_of_their_own(impl: str) -> None:
                 assert torch.equal(one.param_norms()[name], optimizer.param_norms()[name]), name
 
 
-def _train(rank: int, group: Any) -> tuple[str, int]:
+def _reductions(optimizer: Any) -> int:
+    """All-reduces of one step; CommDebugMode counts calls of the library by name."""
+    with CommDebugMode() as counted:
+        optimizer.step()
+    return sum(n for op, n in counted.get_comm_counts().items() if "allreduce_" in str(op))
+
+
+def _sharded(rank: int, group: Any) -> tuple[str, int]:
+    """ShardedLamb."""
     params = make()
     optimizer = ShardedLamb(
         groups(params, lr=0.02, max_grad_norm=1e3), process_group=group, bucket_numel=2**12
     )
     for step in range(3):
         gradients(params, step)
-        with CommDebugMode() as counted:
-            optimizer.step()
+        reductions = _reductions(optimizer)
         optimizer.zero_grad()
-    reductions = sum(n for op, n in counted.get_comm_counts().items() if "allreduce_" in str(op))
     full = optimizer.full_optimizer_state_dict()["state"]
     found = {n: p.detach() for n, p in params.items()}
     found |= {f"{i} {n}": t for i, state in full.items() for n, t in state.items()}
+    for value in (0.0, 1.0):  # of rank 0, which counts
+        w = nn.Parameter(torch.full((4, 4), value if rank == 0 else 1.0 - value))
+        _step_adamh(ShardedLamb([("w", w)], process_group=group, **ADAMH), zero=not value)
     return models.digest(found), reductions
 
 
-def test_rules_together_at_every_world_size(tmp_path: Path) -> None:
-    """The same bits; and two all-reduces, whatever the number of rules and params."""
-    ranks = run_ranks(max(WORLDS), tmp_path, each_world, _train)
-    bits, _ = ranks[0][1]
-    for worlds in ranks:
+def _lamb(
+    mesh: DeviceMesh | None = None, how: How = lambda n, t: None
+) -> tuple[dict[str, Tensor], int]:
+    """Everything after three steps of Lamb, on DTensors if there is a mesh; all-reduces a step."""
+
+    def put(n: str, t: Any) -> Any:
+        return t if mesh is None else placed(t, mesh, how(n, t))
+
+    whole = make()
+    params = {n: nn.Parameter(put(n, p)) for n, p in whole.items()}
+    optimizer = Lamb(groups(params, lr=0.02, max_grad_norm=1e3))
+    for step in range(3):
+        gradients(whole, step)
+        for n, p in whole.items():
+            params[n].grad = put(n, p.grad)
+        reductions = _reductions(optimizer)
+    found = everything(dict(params), optimizer)
+    for kind, norms in (("x", optimizer.param_norms()), ("u", optimizer.update_norms())):
+        found |= {f"{n} {kind}": t for n, t in norms.items()}
+    return found, reductions
+
+
+ADAMH: dict[str, Any] = {"rule": "adamh", "lr": 0.1}
+
+
+def _step_adamh(optimizer: Lamb | ShardedLamb, zero: bool) -> None:
+    """Zeros are refused at the first step, on all ranks; and nothing is changed."""
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    if not zero:
+        optimizer.step()
+        return
+    with pytest.raises(ValueError, match="w is zero: under this rule"):
+        optimizer.step()
+    assert not optimizer.state.get(p)
+
+
+def _on_meshes(world: int, expected: dict[str, Tensor]) -> dict[str, int]:
+    """All-reduces a step of Lamb."""
+    one = init_device_mesh("cpu", (world,))
+    two = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    cases: dict[str, tuple[DeviceMesh, How]] = {
+        "FSDP2": (one, lambda n, t: [Shard(0)]),
+        "beside plain tensors": (one, lambda n, t: [Shard(1)] if n in NAMES[::2] else None),
+        "HSDP": (two, lambda n, t: [Replicate(), Shard(0)]),
+        "FSDP x TP": (two, lambda n, t: [Shard(0), Shard(1)]),
+    }
+    counts = {}
+    for case, (mesh, how) in cases.items():
+        found, counts[case] = _lamb(mesh, how)
+        assert_same(found, expected, case)
+        w = torch.zeros(9, 9)
+        for last in (0.0, 1.0):  # an element of the last rank
+            w[-1, -1] = last
+            p = nn.Parameter(placed(w, mesh, how(NAMES[0], w)))
+            _step_adamh(Lamb([("w", p)], **ADAMH), zero=not last)
+    return counts
+
+
+def _engines(rank: int, world: int, expected: dict[str, Tensor]) -> Any:
+    return each_world(rank, world, _sharded), _on_meshes(world, expected)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_rules_together_in_every_engine(tmp_path: Path) -> None:
+    """The same bits at every world size, and on DTensors as on whole tensors; one all-reduce a mesh
+    axis for late sums and one for early ones, whatever the number of rules and params."""
+    expected, _ = _lamb()
+    ranks = run_ranks(max(WORLDS), tmp_path, _engines, expected)
+    bits, _ = ranks[0][0][1]
+    for worlds, on_meshes in ranks:
         for world, (digest, reductions) in worlds.items():
             assert digest == bits, world
             assert reductions == (0 if world == 1 else 2), world
+        assert on_meshes == {
+            "FSDP2": 2, "beside plain tensors": 2, "HSDP": 2, "FSDP x TP": 4,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
