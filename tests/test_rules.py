@@ -8,6 +8,8 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.distributed as dist
+from checkpoint_cases import module_of
 from dtensor_cases import How, assert_same, everything, placed
 from ranks import WORLDS, each_world, run_ranks
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_lamb import Lamb, ShardedLamb, preset, rules
+from dist_lamb import Lamb, ShardedLamb, checkpoint, preset, rules
+from dist_lamb.checkpoint.cli import main
 
 NAMES = tuple(rules.RULES)
 
@@ -72,23 +75,46 @@ def _reductions(optimizer: Any) -> int:
     return sum(n for op, n in counted.get_comm_counts().items() if "allreduce_" in str(op))
 
 
-def _sharded(rank: int, group: Any) -> tuple[str, int]:
-    """ShardedLamb."""
-    params = make()
-    optimizer = ShardedLamb(
-        groups(params, lr=0.02, max_grad_norm=1e3), process_group=group, bucket_numel=2**12
-    )
+def _shard(params: dict[str, nn.Parameter], group: Any, **options: Any) -> ShardedLamb:
+    own = groups(params, lr=0.02, max_grad_norm=1e3, **options)
+    return ShardedLamb(own, process_group=group, bucket_numel=2**12)
+
+
+def _bits(params: dict[str, nn.Parameter], optimizer: ShardedLamb) -> str:
+    full = optimizer.full_optimizer_state_dict()["state"]
+    found = {n: p.detach() for n, p in params.items()}
+    found |= {f"{i} {n}": t for i, state in full.items() for n, t in state.items()}
+    return models.digest(found)
+
+
+def _sharded(rank: int, group: Any, folder: str) -> tuple[str, int]:
+    """Bits after three steps of ShardedLamb; all-reduces a step."""
+    params, world = make(), dist.get_world_size(group)
+    optimizer = _shard(params, group)
     for step in range(3):
         gradients(params, step)
         reductions = _reductions(optimizer)
         optimizer.zero_grad()
-    full = optimizer.full_optimizer_state_dict()["state"]
-    found = {n: p.detach() for n, p in params.items()}
-    found |= {f"{i} {n}": t for i, state in full.items() for n, t in state.items()}
+        if step == 1:
+            module = module_of(dict(params))
+            checkpoint.save(f"{folder}/{world}", step, module, optimizer, process_group=group)
+    bits = _bits(params, optimizer)
+    if world > 1:  # what one rank less has saved goes on here
+        saved, params = f"{folder}/{world - 1}", make()
+        optimizer, module = _shard(params, group), module_of(dict(params))
+        for p in params.values():
+            p.data.zero_()
+        checkpoint.load(saved, module, optimizer, process_group=group)
+        gradients(params, 2)
+        optimizer.step()
+        assert _bits(params, optimizer) == bits
+        other = _shard(params, group, rule="stable_adamw", amsgrad=False)
+        with pytest.raises(checkpoint.CheckpointError, match=r"group 2 was saved under .*lamb_ada"):
+            checkpoint.load(saved, module, other, options="own", process_group=group)
     for value in (0.0, 1.0):  # of rank 0, which counts
         w = nn.Parameter(torch.full((4, 4), value if rank == 0 else 1.0 - value))
         _step_adamh(ShardedLamb([("w", w)], process_group=group, **ADAMH), zero=not value)
-    return models.digest(found), reductions
+    return bits, reductions
 
 
 def _lamb(
@@ -150,16 +176,17 @@ def _on_meshes(world: int, expected: dict[str, Tensor]) -> dict[str, int]:
     return counts
 
 
-def _engines(rank: int, world: int, expected: dict[str, Tensor]) -> Any:
-    return each_world(rank, world, _sharded), _on_meshes(world, expected)
+def _engines(rank: int, world: int, expected: dict[str, Tensor], folder: str) -> Any:
+    return each_world(rank, world, _sharded, folder), _on_meshes(world, expected)
 
 
 @pytest.mark.xdist_group("distributed")
-def test_rules_together_in_every_engine(tmp_path: Path) -> None:
+def test_rules_together_in_every_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bits at every world size, and on DTensors as on whole tensors; one all-reduce a mesh
-    axis for late sums and one for early ones, whatever the number of rules and params."""
+    axis for late sums and one for early ones, whatever the number of rules and params. And through
+    checkpoints, which name the rules."""
     expected, _ = _lamb()
-    ranks = run_ranks(max(WORLDS), tmp_path, _engines, expected)
+    ranks = run_ranks(max(WORLDS), tmp_path, _engines, expected, str(tmp_path / "run"))
     bits, _ = ranks[0][0][1]
     for worlds, on_meshes in ranks:
         for world, (digest, reductions) in worlds.items():
@@ -168,6 +195,10 @@ def test_rules_together_in_every_engine(tmp_path: Path) -> None:
         assert on_meshes == {
             "FSDP2": 2, "beside plain tensors": 2, "HSDP": 2, "FSDP x TP": 4,
         }  # fmt: skip
+    assert main(["inspect", str(tmp_path / "run" / "3")]) == 0
+    told = capsys.readouterr().out
+    assert all(f"parameter group {i}: 1 params, rule={n}," in told for i, n in enumerate(NAMES))
+    assert "optimizer.amsgrad.max_exp_avg_sq" in told
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
