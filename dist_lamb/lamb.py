@@ -18,7 +18,7 @@ from .kernels.groups import GroupTable
 from .kernels.segments import Segment
 from .norms import DTensorNorms, Norms
 from .rules import Rule
-from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
+from .sharding.dtensors import elsewhere, local_of, mismatch, placed_as, refusal, wrapped
 from .state import (
     MASTER,
     TENSOR_STATES,
@@ -228,7 +228,7 @@ class Lamb(LambBase):
             here = [i for i in kept if params[i].device == device]
             nonzero = torch.zeros(len(params), 1, dtype=torch.float64, device=device)
             for i in here:
-                nonzero[i] = local_of(params[i]).any()
+                nonzero[i] = elsewhere(params[i]) or local_of(params[i]).any()
             assert self._norms is not None
             found = self._norms.per_param(nonzero).tolist()
             for i in here:

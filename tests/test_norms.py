@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_lamb.norms import DTensorNorms, FlatNorms, LocalNorms
+from dist_lamb.norms import DTensorNorms, FlatNorms
 from dist_lamb.sharding.comm import Comm
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -106,7 +106,7 @@ def test_sums_over_one_axis(tmp_path: Path) -> None:
 def test_whole_tensors_have_nothing_to_add() -> None:
     sums = torch.ones(3, 2, dtype=torch.float64)
     norms: Any
-    for norms in (LocalNorms(), FlatNorms(Comm()), DTensorNorms([torch.ones(2), torch.ones(3)])):
+    for norms in (FlatNorms(Comm()), DTensorNorms([torch.ones(2), torch.ones(3)])):
         assert norms.local
         assert norms.reduction_groups(torch.device("cpu")) is None
         assert torch.equal(norms.per_param(sums.clone()), sums)

@@ -295,6 +295,9 @@ def test_a_zero_matrix_has_no_norm_to_keep() -> None:
     optimizer = Lamb([("w", nn.Parameter(torch.ones(3, 3)))], rule="adamh")
     with pytest.raises(ValueError, match="w is zero"):
         optimizer.add_param_group({"params": [("w", zero)]})
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].zero_()
+    _step_adamh(optimizer, zero=True)
 
 
 @pytest.mark.parametrize("name", ["lans", "lars", "lars_optax", "adamh", "mlperf"])
