@@ -20,7 +20,16 @@ from .kernels.segments import GRAD_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
-from .state import MASTER, TENSOR_STATES, needs_master, restore_precision, state_like
+from .state import (
+    MASTER,
+    REMAINDER,
+    TENSOR_STATES,
+    joined,
+    needs_master,
+    restore_precision,
+    state_like,
+    stored_dtype,
+)
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
@@ -79,6 +88,8 @@ class LambBase(Optimizer):
         rule: str = "lamb",
         amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
+        state_format: options.StateFormat = "float32",
+        master: options.Master = "float32",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
@@ -433,8 +444,12 @@ class LambBase(Optimizer):
         """Take over the large state tensors by param; called when groups and steps are in place."""
         for p, tensors in loaded.items():
             for name, value in tensors.items():
-                local = state_like(local_of(p), piece_of(value, p))
+                here, piece = local_of(p), piece_of(value, p)
+                local = state_like(here, piece, stored_dtype(name, piece, p.dtype))
                 if name == MASTER and not needs_master(p.dtype):
-                    restore_precision(local_of(p), local)
+                    restore_precision(here, local)
+                elif name == REMAINDER and p.dtype != torch.bfloat16:
+                    half = here.to(torch.bfloat16)
+                    restore_precision(here, joined(half, local))
                 else:
                     self.state[p][name] = wrapped(local, p)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private
+from ..elements import Elements
 from .comm import DTensor, ProcessGroup, is_dtensor
 
 
@@ -59,6 +60,15 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
                 value = value.narrow(dim, min(offset, value.shape[dim]), size)
     return value
+
+
+def elements_of(p: Tensor, local: Tensor) -> Elements:
+    """Which elements of ``p`` its local memory holds, as ``local`` lays them out."""
+    if not isinstance(p, DTensor) or not local.numel():
+        return Elements.of(local.shape, local.stride())
+    # as in piece_of: right for FSDP over TP as well
+    (chunk,) = p.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return Elements.of(local.shape, local.stride(), p.shape, chunk.offsets)
 
 
 def placed_as(grad: Tensor, like: Tensor) -> Tensor:
