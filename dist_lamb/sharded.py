@@ -22,6 +22,7 @@ from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.overlap import GradientReducer, ParamGatherer, any_gradient
 from .sharding.settings import Settings
+from .state import Formats
 
 #: Elements per bucket, unless one param alone is larger.
 BUCKET_NUMEL = 2**25
@@ -115,6 +116,8 @@ class ShardedLamb(LambBase):
         maximize: bool = False,
         rule: str = "lamb",
         nonfinite: options.Nonfinite = "propagate",
+        state_format: options.StateFormat = "float32",
+        master: options.Master = "float32",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
@@ -145,7 +148,8 @@ class ShardedLamb(LambBase):
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
-            nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
+            nonfinite=nonfinite, state_format=state_format, master=master,
+            track_grad_norm=track_grad_norm, impl=impl,
             foreach=foreach, capturable=capturable, fused=fused, **of_rule,
         )  # fmt: skip
         self._agree()
@@ -224,7 +228,9 @@ class ShardedLamb(LambBase):
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
             ordered = [*named.values(), *reversed(last)]
-            buffers = FlatBuffers.of(ordered, self.rule_of(), self._comm, self._settings)
+            formats = {p: Formats.of(g) for g in self.param_groups for p in g["params"]}
+            made_for = self.rule_of(), formats
+            buffers = FlatBuffers.of(ordered, *made_for, self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._settings.reduce_gradients and self._comm.num_ranks > 1:
