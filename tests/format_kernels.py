@@ -42,7 +42,7 @@ def all_numbers(rows, out, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(0)
     row = rows + k * (2 * DIMS + 1)
     for i in range(2):
-        found = numbers_of(row, i * BLOCK, DIMS, BLOCK)
+        found = numbers_of(row, 1, i * BLOCK, DIMS, BLOCK)
         tl.store(out + k * 2 * BLOCK + i * BLOCK + tl.arange(0, BLOCK), found)
 
 
