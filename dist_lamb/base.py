@@ -445,7 +445,7 @@ class LambBase(Optimizer):
         for p, tensors in loaded.items():
             for name, value in tensors.items():
                 here, piece = local_of(p), piece_of(value, p)
-                local = state_like(here, piece, stored_dtype(name, piece, p.dtype))
+                local = state_like(here, piece, stored_dtype(name, piece.dtype, p.dtype))
                 if name == MASTER and not needs_master(p.dtype):
                     restore_precision(here, local)
                 elif name == REMAINDER and p.dtype != torch.bfloat16:

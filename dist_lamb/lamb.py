@@ -188,7 +188,8 @@ class Lamb(LambBase):
         chosen = {i for i, _ in stepped} | {
             i
             for i, p in enumerate(params)
-            if next(iter(rules[group_of[i]].states)) in self.state.get(p, ()) and is_dense(local_of(p))
+            if next(iter(rules[group_of[i]].states)) in self.state.get(p, ())
+            and is_dense(local_of(p))
         }
         segments = [
             self._segment(i, params[i], rules[group_of[i]], formats[group_of[i]])
@@ -209,9 +210,7 @@ class Lamb(LambBase):
         ]
         own = [params[s.param] for s in segments]
         fingerprint = Fingerprint(self.param_groups, self.state, own, [s.grad for s in segments])
-        kept = _Kept(
-            fingerprint, updates, list(by_device.values()), self._norms, rules, formats
-        )
+        kept = _Kept(fingerprint, updates, list(by_device.values()), self._norms, rules, formats)
         dense = [(local_of(p), s.x if s.copy is None else s.copy) for p, s in zip(own, segments)]
         gaps = [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
         in_place = all(

@@ -42,10 +42,10 @@ RULE_DEFAULTS: Final[dict[str, Any]] = {
     "state_format": "float32",
     "master": "float32",
 }
+#: Those that say how states are stored: a state dict's do not replace an optimizer's own.
+FORMATS: Final = ("state_format", "master")
 #: Those that every rule reads.
-_COMMON: Final = frozenset(
-    ("rule", "lr", "max_grad_norm", "maximize", "nonfinite", "state_format", "master")
-)
+_COMMON: Final = frozenset(("rule", "lr", "max_grad_norm", "maximize", "nonfinite", *FORMATS))
 _BOOLS: Final = (
     "grad_averaging", "bias_correction", "decoupled", "maximize", "amsgrad", "nesterov", "larc",
     "decay_first",
@@ -231,7 +231,7 @@ def owned(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def formats(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how states are stored, and change no equation."""
-    return {name: group[name] for name in ("state_format", "master") if name in group}
+    return {name: group[name] for name in FORMATS if name in group}
 
 
 def clips(group: Mapping[str, Any]) -> bool:

@@ -65,12 +65,13 @@ def states_of(
     return found
 
 
-def stored_dtype(name: str, value: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a saved state of a param of ``dtype`` is held in, whatever format it is brought to."""
+def stored_dtype(name: str, saved: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a state of a param of ``dtype`` is held in that was saved as ``saved``: other formats
+    than those of now stay, until a step converts them."""
     if name == REMAINDER:
         return torch.int16
     wide = state_dtype(dtype)
-    narrow = value.dtype == torch.bfloat16 and wide == torch.float32
+    narrow = saved == torch.bfloat16 and wide == torch.float32
     return torch.bfloat16 if narrow and name != MASTER else wide
 
 
@@ -110,9 +111,7 @@ def as_laid_out(t: Tensor, like: Tensor) -> Tensor:
     return out.copy_(t)
 
 
-def state_like(
-    p: Tensor, value: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
+def state_like(p: Tensor, value: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A state tensor for ``p``, its strides where they are dense: zeros, or a copy of ``value``."""
     dtype = dtype or state_dtype(p.dtype)
     out = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)

@@ -94,7 +94,10 @@ class TritonUpdate:
         codes = [_CODES[t.dtype] for t in like]
         copies = [0 if s.copy is None else _CODES[s.copy.dtype] for s in segments]
         self._grad_dtype, self._copy_dtype = _common(codes), _common(copies)
-        narrow, split = [int(s.narrow) for s in segments], [int(s.remainder is not None) for s in segments]
+        narrow, split = (
+            [int(s.narrow) for s in segments],
+            [int(s.remainder is not None) for s in segments],
+        )
         #: what the kernels are compiled for: formats of states and params, dims of their elements
         self._state_kind, self._x_kind = _common(narrow), _common(split)
         self._dims = max((len(s.elements.strides) for s in segments if s.narrow), default=1)
