@@ -165,7 +165,8 @@ def joined(p: Tensor, remainder: Tensor) -> Tensor:
 def split_into(p: Tensor, master: Tensor) -> Tensor:
     """Write a master's rounding into a bfloat16 param; the remainder."""
     p.copy_(bits.as_bfloat16(bits.param_of(master)))
-    return bits.remainder_of(master).to(torch.int16)
+    remainder: Tensor = bits.remainder_of(master)
+    return remainder.to(torch.int16)
 
 
 def refresh_master(master: Tensor, p: Tensor) -> None:
@@ -178,10 +179,11 @@ def refresh_master(master: Tensor, p: Tensor) -> None:
 
 
 def refresh_remainder(remainder: Tensor, p: Tensor, before: Tensor | None = None) -> None:
-    """Clear the remainder where ``p`` was written to and is not ``before``, as far as that is known.
+    """Clear the remainder where ``p`` has changed: where it is not ``before``, if that is known.
 
-    Else it stays, whatever was written: a master is at most half of ``p``'s last place away from
-    ``p``, as that of any bfloat16 may be. Not beside zeros and infinities, which mean what they are.
+    If not, it stays, whatever was written: the master is less than a unit in the last place of
+    ``p`` away from it, and rounds to it. (To clear all would forget, at every clamping of a few
+    weights, what the rest have gathered.) Not beside zeros and infinities: those are exact.
     """
     cleared = (p == 0) | p.isinf() if before is None else p != before
     remainder.masked_fill_(cleared, 0)

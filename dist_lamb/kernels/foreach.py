@@ -193,7 +193,7 @@ def _into(
             values, into = state.tensors, [part.states[k] for part in batch.parts]
             if values and into[0].dtype != values[0].dtype:
                 nearest = batch.parts[0].nearest
-                each = random or [None] * len(values)
+                each: Sequence[Any] = random or [None] * len(values)
                 patterns = [stored.rounded(v, k, nearest, r) for v, r in zip(values, each)]
                 batch.write(into, list(map(formats.as_bfloat16, patterns)))
                 kept.append(TensorList(list(map(formats.of_bfloat16, patterns))))

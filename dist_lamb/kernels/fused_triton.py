@@ -110,8 +110,8 @@ class TritonUpdate:
         self._dtypes |= int64([int(s.nearest) for s in segments]) << int(NEAREST_SHIFT)
         self._unaligned = ((self._host & 15) != 0).any(dim=0)
         if self._state_kind:
-            rows = int64([s.elements.row(self._dims) for s in segments])
-            self._host = torch.cat([self._host, rows.T]).contiguous()
+            elements = int64([s.elements.row(self._dims) for s in segments])
+            self._host = torch.cat([self._host, elements.T]).contiguous()
         self._table: Tensor | None = None
         #: whether all gradients were aligned the last time
         self._whole = False

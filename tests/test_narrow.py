@@ -1,0 +1,410 @@
+"""States in fewer bits: what is stored is what counts, and nobody sees how a param was cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_lamb import Lamb, ShardedLamb, checkpoint
+from dist_lamb import storage_formats as bits
+
+FORMATS: list[dict[str, Any]] = [
+    {"state_format": "bfloat16"},
+    {"state_format": "bfloat16", "master": "remainder"},
+    {"master": "remainder"},
+]
+NARROW = FORMATS[1]
+OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
+
+
+def make(dtype: torch.dtype) -> dict[str, Tensor]:
+    """As models.make_params, with a convolution in channels_last and a transposed matrix."""
+    params = models.make_params(dtype)
+    generator = torch.Generator().manual_seed(9)
+    kernel = (torch.randn(6, 5, 3, 3, generator=generator) * 0.1).to(dtype)
+    params["conv"] = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last))
+    params["wide.weight"] = nn.Parameter(params["wide.weight"].detach().t().contiguous().t())
+    return params
+
+
+def trained(
+    cls: Any, dtype: torch.dtype, steps: int = 3, start: Any = None, **options: Any
+) -> tuple[dict[str, Tensor], Any]:
+    params = make(dtype)
+    optimizer = cls(models.groups_of(params), **{**OPTIONS, **options})
+    for t in range(steps):
+        for name, g in models.mean_gradients(params, t).items():
+            params[name].grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+    return params, optimizer
+
+
+def masters(params: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    """The float32 values that are optimized."""
+    found = {}
+    for name, p in params.items():
+        state, p = optimizer.state[p], p.detach()
+        if "remainder" in state:
+            p = bits.master_of(bits.pattern(p), state["remainder"].to(torch.int32))
+        found[name] = state.get("master", p).float()
+    return found
+
+
+def everything(params: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    found = {name: p.detach().clone() for name, p in params.items()}
+    packed = optimizer.state_dict()
+    names = [name for group in packed["param_groups"] for name in group["param_names"]]
+    for i, name in enumerate(names):
+        for key, value in packed["state"].get(i, {}).items():
+            if params[name].numel():
+                found[f"{name} {key}"] = value.clone()
+    return found
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], case: Any = "") -> None:
+    assert got.keys() == want.keys(), (case, got.keys() ^ want.keys())
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype, (case, name)
+        assert torch.equal(got[name], value), (case, name)
+
+
+# --- what is stored -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_what_is_stored(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    params, optimizer = trained(Lamb, dtype, steps=1, impl="foreach", **options)
+    moments = torch.bfloat16 if options.get("state_format") and dtype != torch.float64 else None
+    split = dtype == torch.bfloat16 and options.get("master") == "remainder"
+    for p in params.values():
+        state = optimizer.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].dtype == (moments or torch.promote_types(dtype, torch.float32))
+            assert state[name].stride() == p.stride()
+        assert ("remainder" in state) == split
+        assert ("master" in state) == (dtype.itemsize == 2 and not split)
+
+
+@pytest.mark.parametrize("name", ["state_format", "master"])
+def test_unknown_formats_are_refused(name: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    for cls in (Lamb, ShardedLamb):
+        with pytest.raises(ValueError, match=f"Invalid {name} value: 'int8'; one of 'float32', "):
+            cls([p], **{name: "int8"})
+
+
+# --- one truth ------------------------------------------------------------------------------------
+
+
+def _u_norm(x: Tensor, state: dict[str, Tensor], decay: float, t: int) -> float:
+    m, v = (state[n].double() for n in ("exp_avg", "exp_avg_sq"))
+    r = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-6)
+    return float((r + decay * x.double()).norm())
+
+
+def _check_norms(impl: str) -> None:
+    """The norms that a step reports are those of what it has stored, to float32's precision.
+
+    A moment before rounding is up to 2^-7 of itself away from what is stored, its norm over n
+    elements about 2^-8 / sqrt(n): the tensors are small enough for that to be far above 1e-5.
+    """
+    seen = 0.0
+    for options in ({"state_format": "bfloat16"}, {"state_format": "bfloat16-nearest"}):
+        params = models.make_params()
+        optimizer = Lamb(models.groups_of(params), lr=0.02, impl=impl, **options)
+        for t in range(1, 4):
+            before = {name: p.detach().clone() for name, p in params.items()}
+            for name, g in models.mean_gradients(params, t).items():
+                params[name].grad = g
+            optimizer.step()
+            norms = optimizer.update_norms()
+            for name, p in params.items():
+                decay = 0.05 if p.ndim > 1 else 0.0
+                want = _u_norm(before[name], optimizer.state[p], decay, t)
+                assert float(norms[name]) == pytest.approx(want, rel=1e-5), (options, t, name)
+            state = dict(optimizer.state[params["fc.bias"]])
+            state["exp_avg"] = state["exp_avg"].float() * (1 + 2**-9)
+            other = _u_norm(before["fc.bias"], state, 0.0, t)
+            seen = max(seen, abs(other / float(norms["fc.bias"]) - 1))
+    assert seen > 1e-4  # the test would see unrounded moments
+
+
+def test_both_norms_are_of_what_is_stored(impl: str) -> None:
+    _check_norms(impl)
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+def _distance(a: Tensor, b: Tensor, places: int) -> float:
+    """Of their values, in units of the last place of the largest."""
+    largest = float(b.double().abs().max()) if b.numel() else 0.0
+    unit = math.ldexp(1.0, math.frexp(largest)[1] - places) if largest else 1.0
+    return float((a.double() - b.double()).abs().max()) / unit if a.numel() else 0.0
+
+
+def _check_backend(impl: str) -> None:
+    """Between backends within one rounding: a moment that differs in float32's last place may come
+    out as the other neighbour, one unit in the last of a bfloat16's 8 places."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in (*FORMATS, {"state_format": "bfloat16-nearest"}):
+            want_p, want = trained(Lamb, dtype, steps=2, impl="reference", **options)
+            got_p, got = trained(Lamb, dtype, steps=2, impl=impl, **options)
+            for name, p in want_p.items():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    a, b = got.state[got_p[name]][key], want.state[p][key]
+                    assert a.dtype == b.dtype
+                    assert _distance(a, b, 8 if "state_format" in options else 20) <= 1, (name, key)
+            a, b = masters(got_p, got), masters(want_p, want)
+            for name in b:
+                assert _distance(a[name], b[name], 14) <= 1, (impl, dtype, options, name)
+
+
+def test_backends_agree(impl: str) -> None:
+    if impl != "reference":
+        _check_backend(impl)
+
+
+def test_float32_formats_are_the_default_and_the_same_bits() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        plain = everything(*trained(Lamb, dtype, impl="foreach"))
+        named = {"state_format": "float32", "master": "float32"}
+        assert_same(everything(*trained(Lamb, dtype, impl="foreach", **named)), plain)
+
+
+def test_distance_from_float32() -> None:
+    """After T steps the params are within T * lr * 2^-6 of the float32 run's, times the norm ratio.
+
+    A stored moment is off by at most 2^-7 of itself (one bfloat16 rounding), m and v of the same
+    element after t steps by at most the sum of decayed roundings, b^(t-1) + ... + 1 <= T roundings
+    each; so a direction by at most T * (2^-7 + 2^-8) of the sum of |m| terms it is made of, and
+    with ||x|| / ||u|| changing by no more, one step moves x by at most lr * ||x|| * T * 2^-5 more
+    or less. T steps: T^2 * lr * ||x|| * 2^-5, here 9 * 0.02 / 32 = 0.0056 of the norm; without
+    the cancellation of random roundings, which makes it far less.
+    """
+    steps = 3
+    want_p, want = trained(Lamb, torch.float32, steps, impl="foreach")
+    got_p, got = trained(Lamb, torch.float32, steps, impl="foreach", state_format="bfloat16")
+    for name, p in want_p.items():
+        if p.numel():
+            bound = steps**2 * OPTIONS["lr"] * 2**-5 * max(float(p.norm()), 1.0)
+            off = float((got_p[name] - p).norm())
+            assert off <= bound, name
+            assert off > 0 or p.numel() < 30, name
+
+
+def test_a_remainder_is_a_master() -> None:
+    """bfloat16 params with remainders go the way of float32 masters bit by bit: it is the storage
+    that differs, and the params in ties alone."""
+    want_p, want = trained(Lamb, torch.bfloat16, 4, impl="foreach")
+    got_p, got = trained(Lamb, torch.bfloat16, 4, impl="foreach", master="remainder")
+    assert_same(masters(got_p, got), masters(want_p, want))
+    for name, p in want_p.items():
+        assert torch.equal(got.state[got_p[name]]["exp_avg"], want.state[p]["exp_avg"])
+        assert float((got_p[name] != p).float().mean()) < 0.01
+
+
+# --- whose random bits ----------------------------------------------------------------------------
+
+
+def test_rounding_does_not_depend_on_place_or_memory_format() -> None:
+    """Other params before it, another group, a transposed or channels_last memory, gaps."""
+    generator = torch.Generator().manual_seed(1)
+    value, grad = torch.randn(2, 6, 4, 3, 5, generator=generator).unbind(0)
+
+    def run(p: Tensor, *before: Tensor) -> dict[str, Tensor]:
+        optimizer = Lamb([*before, p], lr=0.1, **NARROW, impl="foreach")
+        for _ in range(3):
+            for other in (p, *before):
+                other.grad = torch.ones_like(other) if other is not p else grad.to(p.dtype)
+            optimizer.step()
+        state = {k: v.contiguous() for k, v in optimizer.state[p].items()}
+        return {"p": p.detach().contiguous().clone(), **state}
+
+    def param(make: Callable[[Tensor], Tensor] = lambda t: t) -> Tensor:
+        return nn.Parameter(make(value.clone()).to(torch.bfloat16))
+
+    want = run(param())
+    assert_same(run(param(lambda t: t.contiguous(memory_format=torch.channels_last))), want)
+    assert_same(run(param(lambda t: t.transpose(0, 3).contiguous().transpose(0, 3))), want)
+    assert_same(run(param(), nn.Parameter(torch.ones(777))), want)
+    gaps = torch.zeros(6, 4, 3, 10, dtype=torch.bfloat16)[..., ::2]
+    assert_same(run(nn.Parameter(gaps.copy_(value))), want)
+
+
+# --- params written to from outside ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_params_written_to(cls: Any) -> None:
+    """What is written counts, zeros exactly; what is written back as it was loses nothing."""
+    params, optimizer = trained(cls, torch.bfloat16, 2, impl="foreach", **NARROW)
+    p = params["emb.weight"]
+    before = everything(params, optimizer)
+    swapped = p.detach().clone()
+    with torch.no_grad():
+        p.fill_(0.5)
+        p.copy_(swapped)  # as an average of weights that was looked at in between
+    for other in params.values():
+        other.grad = torch.zeros_like(other)
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = 0.0, (0.0, 0.0)
+    optimizer.step()
+    after = everything(params, optimizer)
+    for name in ("emb.weight", "emb.weight remainder"):
+        assert torch.equal(after[name], before[name])
+    with torch.no_grad():
+        p[:2] = 0.0
+        p[2:4] = 0.75
+    optimizer.step()
+    got, now = everything(params, optimizer), masters(params, optimizer)["emb.weight"]
+    assert not got["emb.weight remainder"][:2].any()
+    assert torch.equal(got["emb.weight remainder"][4:], before["emb.weight remainder"][4:])
+    assert (now.view(p.shape)[2:4] - 0.75).abs().max() <= 2**-9
+    assert torch.equal(now.view(p.shape).to(torch.bfloat16)[:4], p.detach()[:4])
+
+
+def test_memory_that_is_replaced_clears_what_has_changed() -> None:
+    params, optimizer = trained(ShardedLamb, torch.bfloat16, 2, impl="foreach", **NARROW)
+    p = params["emb.weight"]
+    remainder = optimizer.state[p]["remainder"].view(p.shape)
+    before = remainder.clone()
+    assert before[3].any()
+    new = p.detach().clone()
+    new[3] += 1.0
+    p.data = new
+    optimizer.refresh_masters()
+    assert not remainder[3].any()
+    before[3] = 0
+    assert torch.equal(remainder, before)
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def _continued(params: dict[str, Tensor], optimizer: Any, steps: int = 2) -> None:
+    for t in range(10, 10 + steps):
+        for name, g in models.mean_gradients(params, t).items():
+            params[name].grad = g
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+@pytest.mark.parametrize("how", ["state dict", "checkpoint"])
+def test_loading_into_another_format(cls: Any, how: str, tmp_path: Path) -> None:
+    """Exact where it can be: from remainders to masters and back, from bfloat16 to float32."""
+
+    class Model(nn.Module):
+        def __init__(self, params: dict[str, Tensor]) -> None:
+            super().__init__()
+            self.names = list(params)
+            self.all = nn.ParameterList(params.values())
+
+    def loaded(saved: Any, model: Model, **options: Any) -> tuple[dict[str, Tensor], Any]:
+        params = make(torch.bfloat16)
+        optimizer = cls(models.groups_of(params), **OPTIONS, impl="foreach", **options)
+        if how == "checkpoint":
+            checkpoint.load(saved, Model(params), optimizer)
+        else:
+            with torch.no_grad():
+                for name, t in zip(model.names, model.all):
+                    params[name].copy_(t)
+            optimizer.load_state_dict(saved)
+        for group in optimizer.param_groups:
+            assert {name: group[name] for name in options} == options
+        return params, optimizer
+
+    def saved(params: dict[str, Tensor], optimizer: Any, name: str) -> tuple[Any, Model]:
+        model = Model(params)
+        if how == "checkpoint":
+            return checkpoint.save(tmp_path / name, model, optimizer, step=3), model
+        return optimizer.state_dict(), model
+
+    wide_p, wide = trained(cls, torch.bfloat16, impl="foreach")
+    state, model = saved(wide_p, wide, "wide")
+    # float32 masters become remainders: the run goes on bit by bit
+    split_p, split = loaded(state, model, master="remainder")
+    again, again_model = saved(split_p, split, "split") if cls is ShardedLamb else (None, None)
+    _continued(wide_p, wide)
+    _continued(split_p, split)
+    want, got = masters(wide_p, wide), masters(split_p, split)
+    assert_same(got, want)
+    if again is not None:
+        back_p, back = loaded(again, again_model)
+        _continued(back_p, back)
+        assert_same(masters(back_p, back), want)
+    # bfloat16 moments are float32 ones exactly, and the reverse to nearest
+    narrow_p, narrow = trained(cls, torch.bfloat16, impl="foreach", **NARROW)
+    state, model = saved(narrow_p, narrow, "narrow")
+    moments = {n: t.float() for n, t in everything(narrow_p, narrow).items() if "exp_avg" in n}
+    values = masters(narrow_p, narrow)
+    same_p, same = loaded(state, model, **NARROW)
+    float_p, float_ = loaded(state, model)
+    for optimizer in (narrow, same, float_):
+        for group in optimizer.param_groups:  # keeps moments and params as they are
+            group.update(lr=0.0, betas=(0.999, 0.999), grad_averaging=True)
+    if cls is ShardedLamb:
+        found = everything(float_p, float_)
+        assert_same({n: t for n, t in found.items() if "exp_avg" in n}, moments)
+        assert_same(masters(float_p, float_), values)
+    _continued(same_p, same, 1)
+    _continued(narrow_p, narrow, 1)
+    assert_same(everything(same_p, same), everything(narrow_p, narrow))
+
+
+def test_inspect_names_the_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dist_lamb.checkpoint import cli
+
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = Lamb(model, **NARROW)
+    model(torch.ones(1, 3).bfloat16()).sum().backward()
+    optimizer.step()
+    path = checkpoint.save(tmp_path, model, optimizer, step=1)
+    assert cli.main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "state_format=bfloat16, master=remainder" in printed
+    assert any(
+        line.split()[:3] == ["optimizer.weight.remainder", "2x3", "int16"]
+        for line in printed.splitlines()
+    )
+
+
+def test_groups_of_several_formats_and_changing_them() -> None:
+    """Each group has its own; in Lamb they may change between steps, in ShardedLamb they may not."""
+    params = make(torch.bfloat16)
+    groups = models.groups_of(params)
+    groups[1]["state_format"] = "float32"
+    groups[1]["master"] = "float32"
+    optimizers = []
+    for cls in (Lamb, ShardedLamb):
+        own = {n: nn.Parameter(p.detach().clone()) for n, p in params.items()}
+        mine = [
+            {**g, "params": [(n, own[n]) for n, _ in g["params"]]} for g in groups
+        ]
+        optimizer = cls(mine, **OPTIONS, impl="foreach", **NARROW)
+        _continued(own, optimizer)
+        assert optimizer.state[own["fc.bias"]]["exp_avg"].dtype == torch.float32
+        assert optimizer.state[own["fc.weight"]]["exp_avg"].dtype == torch.bfloat16
+        optimizers.append((own, optimizer))
+    assert_same(everything(*optimizers[0]), everything(*optimizers[1]))
+    for own, optimizer in optimizers:
+        optimizer.param_groups[1].update(NARROW)
+        if isinstance(optimizer, ShardedLamb):
+            with pytest.raises(RuntimeError, match="has come under other formats than"):
+                _continued(own, optimizer, 1)
+        else:
+            before = masters(own, optimizer)["fc.bias"]
+            optimizer.param_groups[1]["lr"] = 0.0
+            _continued(own, optimizer, 1)
+            assert optimizer.state[own["fc.bias"]]["exp_avg"].dtype == torch.bfloat16
+            assert torch.equal(masters(own, optimizer)["fc.bias"], before)
