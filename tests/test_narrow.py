@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from dtensor_cases import placed
-from dtensor_cases import whole as whole_of
 from ranks import each_world, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint
 from dist_lamb import storage_formats as bits
+from dist_lamb.sharding.dtensors import full_of
 
 FORMATS: list[dict[str, Any]] = [
     {"state_format": "bfloat16"},
@@ -319,11 +319,7 @@ def _meshes() -> list[str]:
                         packed = before.state_dict()
                         for entry in packed["state"].values():
                             entry.update(
-                                {
-                                    n: v.full_tensor()
-                                    for n, v in entry.items()
-                                    if isinstance(v, DTensor)
-                                }
+                                {n: full_of(v) for n, v in entry.items() if isinstance(v, DTensor)}
                             )
                         optimizer.load_state_dict(packed)
                 like = make(dtype)
@@ -344,6 +340,11 @@ def _meshes() -> list[str]:
             tensors = {n: whole_of(p) for n, p in params.items()} | state
             found.append(models.digest(tensors))
     return found
+
+
+def whole_of(t: Tensor) -> Tensor:
+    t = t.detach()
+    return (full_of(t) if isinstance(t, DTensor) else t).clone()
 
 
 def _ranks(rank: int, world: int) -> tuple[dict[int, Any], list[str]]:

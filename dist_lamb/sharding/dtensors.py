@@ -6,7 +6,7 @@ Every function takes a plain tensor too, and then has nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ def wrapped(local: Tensor, like: Tensor) -> Tensor:
     return _torch_private.wrap_local(whole, local)  # type: ignore[no-any-return]
 
 
+def full_of(value: DTensor) -> Tensor:
+    """The whole tensor, on every rank; a collective. No backend sends 16-bit integers as such."""
+    if value.dtype != torch.int16:
+        return value.full_tensor()
+    as_sent: Any = wrapped(local_of(value).view(torch.bfloat16), value)
+    return as_sent.full_tensor().view(torch.int16)  # type: ignore[no-any-return]
+
+
 def piece_of(value: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of ``value``, a whole tensor or a DTensor, were it sharded as ``like`` is.
 
@@ -52,7 +60,7 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(value, DTensor):
         if isinstance(like, DTensor) and _same_sharding(value, like):
             return local_of(value)
-        value = value.full_tensor()
+        value = full_of(value)
     if isinstance(like, DTensor):
         # What DTensor tells torch.distributed.checkpoint: right for FSDP over TP as well, where
         # the placements alone do not say which axis cuts first.
