@@ -111,7 +111,8 @@ class LambBase(Optimizer):
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm
         # What is as the signature has it was not asked for, so that no rule need have it.
-        given = {n: v for n, v in defaults.items() if v != options.RULE_DEFAULTS.get(n)}
+        plain = {**options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+        given = {n: v for n, v in defaults.items() if n != "lr" and v != plain[n]}
         options.check_group(options.completed({**given, **of_rule}, {**defaults, **of_rule}))
         # GradScaler then hands over the loss scale and the overflow flag as tensors instead of
         # deciding on the host, rank by rank, whether step() is called at all.
@@ -139,6 +140,9 @@ class LambBase(Optimizer):
             options.check_group(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name in set(rules.OPTIONS) - set(options.RULE_DEFAULTS):
+            if not options.reads(rules.of(group), name):
+                group.pop(name, None)  # another rule's, from the optimizer's defaults
         self._remember_names(group)
         try:
             for name, p in self.named_groups()[-1]:
@@ -286,19 +290,19 @@ class LambBase(Optimizer):
         return self._norms_named("u.u")
 
     def _norms_named(self, late: str) -> dict[str, Tensor]:
-        columns = [
-            rule.late.index(late) if late in rule.late else None
-            for rule, group in zip(map(rules.of, self.param_groups), self.param_groups)
-            for _ in group["params"]
-        ]
-        known = self._per_param(lambda ratios, sums: sums)
-        ratios = self.trust_ratios()
-        return {
-            name: torch.where(ratios[name].isnan(), torch.nan, sums[column].sqrt().float())
-            if column is not None and sums.dim()
-            else torch.full_like(ratios[name], torch.nan)
-            for (name, sums), column in zip(known.items(), columns)
-        }
+        known, ratios = self._per_param(lambda ratios, sums: sums), self.trust_ratios()
+        found = {}
+        for (name, sums), rule in zip(known.items(), self._rule_of_each()):
+            norm = torch.full_like(ratios[name], torch.nan)
+            if late in rule.late and sums.dim():
+                square = sums[rule.late.index(late)]
+                norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
+            found[name] = norm
+        return found
+
+    def _rule_of_each(self) -> list[rules.Rule]:
+        """In the order in which params are reported."""
+        return list(self.rule_of().values())
 
     def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
         if self._last is None:

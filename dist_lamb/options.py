@@ -165,9 +165,9 @@ def check_group(group: Mapping[str, Any]) -> None:
 
     The texts start as torch.optim's do (``Invalid learning rate: ...``).
     """
-    rule = rule_named(group.get("rule"))
+    rule = rule_named(group.get("rule", "lamb"))
     for name in (*RULE_DEFAULTS, *rule.options):
-        if name not in group:
+        if name not in group and name not in ("rule", "amsgrad"):  # they say what there is
             raise ValueError(
                 f"A param group lacks the option {name}; add_param_group() fills it in"
             )
@@ -213,7 +213,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         if group[name] is not None:
             _check_range(name, group[name])
     for name in RULE_DEFAULTS:
-        if not reads(rule, name) and group[name] != neutral(name):
+        if not reads(rule, name) and group.get(name, neutral(name)) != neutral(name):
             raise ValueError(f"rule {rule.name!r} has no option {name}, got {group[name]!r}")
     for name, value in rule.options.items():
         if isinstance(value, float) and not (_is_number(group[name]) and group[name] >= 0.0):

@@ -15,6 +15,7 @@ from sharded_cases import OPTIONS, state_of, train
 from torch import Tensor, nn
 
 from dist_lamb import ShardedLamb
+from dist_lamb.rules import RULES
 from dist_lamb.sharding.buffers import FlatBuffers, spec_of
 from dist_lamb.sharding.comm import Comm
 from dist_lamb.sharding.layout import TILE, Layout
@@ -155,7 +156,10 @@ def _state_survives(rank: int, group: Any) -> None:
     buffers = _buffers_of(params, comm)
     generator = torch.Generator().manual_seed(3)
     given = {
-        i: {name: torch.randn(p.shape, generator=generator) for name in states_of(p.dtype)}
+        i: {
+            name: torch.randn(p.shape, generator=generator)
+            for name in states_of(p.dtype, RULES["lamb"])
+        }
         for i, p in enumerate(params.values())
     }
     for i, state in given.items():

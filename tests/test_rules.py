@@ -110,7 +110,7 @@ def test_adamw_is_torch_s(amsgrad: bool, decoupled: bool) -> None:
 def stepped(**options: Any) -> Lamb:
     p = nn.Parameter(torch.ones(3, 4))
     optimizer = Lamb([p], **options)
-    p.grad = torch.full((3, 4), 0.5)
+    p.grad = torch.linspace(-0.5, 0.7, 12).view(3, 4)
     optimizer.step()
     return optimizer
 

@@ -95,12 +95,12 @@ def test_a_dummy_step_leaves_no_trace(
     interpreted(_dummy_step, cls, options)
 
 
-def _launches(cls: Any, count: int, clip: float | None) -> list[str]:
+def _launches(cls: Any, count: int, clip: float | None, rule: str = "lamb") -> list[str]:
     from dist_lamb.kernels._triton_private import Launches
 
     params = [nn.Parameter(torch.ones(3 + i % 2)) for i in range(count)]
     groups = [{"params": [p], "weight_decay": i / 100} for i, p in enumerate(params)]
-    optimizer = cls(groups, impl="triton", max_grad_norm=clip)
+    optimizer = cls(groups, impl="triton", max_grad_norm=clip, rule=rule)
     names: list[str] = []
     plain = Launches.__call__
 
@@ -124,6 +124,20 @@ def test_launches_do_not_grow_with_the_model(
     expected = ["grad_sq"] * bool(clip) + ["moments_pass", "norms", "apply"]
     for count in (1, 20):
         assert interpreted(_launches, cls, count, clip) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("adamw", ["moments_pass", "norms"]),
+        ("lars", ["early_pass", "early_sums", "moments_pass", "norms"]),
+        ("lans", ["early_pass", "early_sums", "moments_pass", "norms", "apply"]),
+    ],
+)
+def test_launches_of_other_rules(
+    interpreted: Callable[..., Any], rule: str, expected: list[str]
+) -> None:
+    assert interpreted(_launches, Lamb, 20, None, rule) == expected
 
 
 # --- ranks ----------------------------------------------------------------------------------------

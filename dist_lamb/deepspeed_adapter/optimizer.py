@@ -330,6 +330,9 @@ class DeepSpeedLamb(LambBase):
             found[o.name] = read(*part.last[:2])[k] if known else torch.tensor(torch.nan)  # type: ignore[union-attr, index]
         return found
 
+    def _rule_of_each(self) -> list[rules.Rule]:
+        return [rules.of(self._options_of[o.group]) for o in self._originals]
+
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients as DeepSpeed handed them over, after its own clipping.
 

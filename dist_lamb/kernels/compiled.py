@@ -92,7 +92,9 @@ def _compiled(
 
     # torch.compile counts graphs by code object: each sweep has one of its own
     code = swept.__code__.replace(co_name=f"swept_{what.name}")
-    return _compile(FunctionType(code, globals(), None, None, swept.__closure__))
+    own: Callable[..., Tensor | None] = FunctionType(code, globals(), None, None, swept.__closure__)
+    compiled: Callable[..., Tensor | None] = _compile(own)  # type: ignore[no-untyped-call]
+    return compiled
 
 
 def _call(compiled: Callable[..., Any], *tensors: Tensor | bool | None) -> Any:

@@ -304,7 +304,7 @@ class EagerUpdate:
         ratio, shrink, *steps = self._rule.scales(
             row.h, t.double(), early, late, self._groups.numels
         )
-        zero = torch.zeros_like(row.sign)  # type: ignore[call-overload]
+        zero = torch.zeros_like(self._groups.numels)
         moves = [torch.where(where, v, zero) for v in (shrink, *steps)]
         return ratio, Numbers(
             shrink=moves[0] if self._rule.shrinks else None, steps=tuple(moves[1:])
@@ -319,8 +319,8 @@ class EagerUpdate:
         found = []
         for name in self._rule.early:
             value = columns[EARLY.index(name)]
-            for _ in range(0 if scale is None else name.count("g")):
-                value = value * scale
+            if scale is not None:
+                value = value * scale ** name.count("g")
             found.append(value)
         return tuple(found)
 

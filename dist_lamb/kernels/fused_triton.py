@@ -267,7 +267,8 @@ class TritonUpdate:
                 )  # fmt: skip
         if capturing(self.device):
             # What a graph has captured outlives this table, and addresses in it never change.
-            self._keep += [v for v in vars(self).values() if isinstance(v, Tensor)]
+            held = [*vars(self).values(), self._groups.numels]
+            self._keep += [v for v in held if isinstance(v, Tensor)]
             self._table = None
 
     def _norms(self, sums: Tensor, add_up: bool, finish: bool) -> None:

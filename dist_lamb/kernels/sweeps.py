@@ -62,8 +62,10 @@ SQUARES = Sweep("squares", _run_squares, True, 1)
 def early_sweep(names: tuple[str, ...]) -> Sweep:
     """The sums that are wanted before the states are updated, of gradients as they are."""
 
+    pairs = [name.split(".") for name in names]
+
     def run(g: Any, x: Any, states: Any, n: Numbers, put: Any) -> Any:
-        return None, [(x if a == "x" else g, x if b == "x" else g) for a, _, b in names]
+        return None, [(x if a == "x" else g, x if b == "x" else g) for a, b in pairs]
 
     return Sweep("early", run, True, len(names))
 

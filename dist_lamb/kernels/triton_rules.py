@@ -33,7 +33,7 @@ def sqrt(a):
 
 @triton.jit
 def maximum(a, b):
-    return tl.where(a < b, b, a)
+    return tl.where((a < b) | (b != b), b, a)  # a NaN stays
 
 
 @triton.jit
@@ -59,6 +59,8 @@ def bound(f: Any, jit: Callable[[Any], Any] = triton.jit, **names: Any) -> Any:
     """``f``, jitted, with other globals."""
     copy = FunctionType(f.__code__, {**f.__globals__, **names}, f.__name__, f.__defaults__)
     copy.__module__, copy.__qualname__ = f.__module__, f.__qualname__
+    # Without them no argument of a kernel is a tl.constexpr.
+    copy.__annotations__ = f.__annotations__
     return jit(copy)
 
 

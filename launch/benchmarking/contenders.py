@@ -58,6 +58,7 @@ class Contender:
     #: bytes a step must move per param in float32, without clip
     nbytes: int = 40
     is_lamb: bool = True
+    rule: str = "lamb"  # whose reference it must agree with
     needs: str | None = None  # a module
     only_cuda: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -82,8 +83,9 @@ class Contender:
         return self.nbytes + (0 if clip is None else 2 if half else 4)
 
 
-def _ours(cls: Any, impl: str) -> Callable[[list[Tensor], float | None], Any]:
+def _ours(cls: Any, impl: str, rule: str = "lamb") -> Callable[[list[Tensor], float | None], Any]:
     options: dict[str, Any] = {"stage": 1} if cls is ShardedLamb else {}
+    options["rule"] = rule
 
     def make(params: list[Tensor], max_grad_norm: float | None) -> Any:
         return cls(
@@ -109,6 +111,18 @@ def peer(module: str, name: str, **more: Any) -> Callable[[list[Tensor], float |
 
 
 FLOAT32 = (torch.float32,)
+#: Bytes a param that a step of each other rule must move, in float32 without clip: what its passes
+#: read and write of g, x and the states.
+RULE_NBYTES = {
+    "lamb_outside": 40,
+    "lamb_adagrad": 32,
+    "lans": 48,
+    "lars": 28,
+    "adamh": 40,
+    "stable_adamw": 36,
+    "adamw": 28,
+    "adagrad": 20,
+}
 CONTENDERS = (
     Contender(name="eager loop", make=EagerLoop, dtypes=FLOAT32, nbytes=136),
     Contender(name="Lamb reference", make=_ours(Lamb, "reference"), nbytes=136),
@@ -144,5 +158,17 @@ CONTENDERS = (
         is_lamb=False,
         dtypes=FLOAT32,
         clips=(None,),
+    ),
+    *(
+        Contender(
+            name=f"{rule} triton",
+            make=_ours(Lamb, "triton", rule),
+            only_cuda=True,
+            nbytes=nbytes,
+            rule=rule,
+            dtypes=FLOAT32,
+            clips=(None,),
+        )
+        for rule, nbytes in RULE_NBYTES.items()
     ),
 )
