@@ -20,16 +20,7 @@ from .kernels.segments import GRAD_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
-from .state import (
-    MASTER,
-    REMAINDER,
-    TENSOR_STATES,
-    joined,
-    needs_master,
-    restore_precision,
-    state_like,
-    stored_dtype,
-)
+from .state import TENSOR_STATES, Formats, to_be_held
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
@@ -213,6 +204,10 @@ class LambBase(Optimizer):
     def rule_of(self) -> dict[Tensor, rules.Rule]:
         """The rule of each param."""
         return {p: rules.of(group) for group in self.param_groups for p in group["params"]}
+
+    def formats_of(self) -> dict[Tensor, Formats]:
+        """How each param's states are stored."""
+        return {p: Formats.of(group) for group in self.param_groups for p in group["params"]}
 
     def _all_names(self) -> list[str]:
         return [name for group in self.named_groups() for name, _ in group]
@@ -448,12 +443,6 @@ class LambBase(Optimizer):
         """Take over the large state tensors by param; called when groups and steps are in place."""
         for p, tensors in loaded.items():
             for name, value in tensors.items():
-                here, piece = local_of(p), piece_of(value, p)
-                local = state_like(here, piece, stored_dtype(name, piece.dtype, p.dtype))
-                if name == MASTER and not needs_master(p.dtype):
-                    restore_precision(here, local)
-                elif name == REMAINDER and p.dtype != torch.bfloat16:
-                    half = here.to(torch.bfloat16)
-                    restore_precision(here, joined(half, local))
-                else:
+                local = to_be_held(name, piece_of(value, p), local_of(p))
+                if local is not None:
                     self.state[p][name] = wrapped(local, p)

@@ -22,7 +22,6 @@ from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Hook, OutputHook
 from .sharding.overlap import GradientReducer, ParamGatherer, any_gradient
 from .sharding.settings import Settings
-from .state import Formats
 
 #: Elements per bucket, unless one param alone is larger.
 BUCKET_NUMEL = 2**25
@@ -72,16 +71,15 @@ class ShardedLamb(LambBase):
     save clones of them.) A param without a gradient on any rank is left alone; without one on some
     ranks it counts as zero there; but between two steps every rank must run backward as often as
     the others. ``state[p]`` shows this rank's pieces, with the same keys on every rank: what is
-    dropped there begins anew, tensors put there are copied. Params may be moved between groups in
-    place. See :meth:`full_optimizer_state_dict` for whole tensors.
+    dropped there begins anew, tensors put there are copied. Params may be moved between groups of
+    the same formats. See :meth:`full_optimizer_state_dict` for whole tensors.
 
     Between backward and ``step()``, gradients are clipped by ``max_grad_norm`` alone: at stage 2
     there is no ``p.grad`` to change then, at stage 1 a changed one is reduced once more. To skip
     a step call ``zero_grad()`` of this optimizer, not of the module.
 
-    With loss scaling use torch's ShardedGradScaler, and ``stage=1`` or ``overlap=False``: it looks
-    for overflows in ``p.grad``. ``step()`` agrees on an overflow over all ranks, but a plain
-    GradScaler would then change its scale on one rank only.
+    With loss scaling use torch's ShardedGradScaler (a plain one would change its scale on one rank
+    only), and ``stage=1`` or ``overlap=False``: it looks for overflows in ``p.grad``.
 
     Raises:
         ValueError: ranks that differ in names, shapes, dtypes or options, naming the first
@@ -149,8 +147,8 @@ class ShardedLamb(LambBase):
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
             nonfinite=nonfinite, state_format=state_format, master=master,
-            track_grad_norm=track_grad_norm, impl=impl,
-            foreach=foreach, capturable=capturable, fused=fused, **of_rule,
+            track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
+            fused=fused, **of_rule,
         )  # fmt: skip
         self._agree()
         self._comm.broadcast_all(self._all_params() + (list(module.buffers()) if module else []))
@@ -217,19 +215,15 @@ class ShardedLamb(LambBase):
     def _build(self) -> tuple[ShardedState, ParamGatherer]:
         """The buffers, at first use: frameworks move params after making the optimizer."""
         if self._kept is None or self._gatherer is None:
-            named = {
-                id(p): (name, p)
-                for name, p in chain.from_iterable(self.named_groups())
-                if p.requires_grad
-            }
+            every = chain.from_iterable(self.named_groups())
+            named = {id(p): (name, p) for name, p in every if p.requires_grad}
             if not named:
                 raise RuntimeError("ShardedLamb has no trainable params")
             # In the order of use, as far as a backward has shown it; the same on every rank.
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
             ordered = [*named.values(), *reversed(last)]
-            formats = {p: Formats.of(g) for g in self.param_groups for p in g["params"]}
-            made_for = self.rule_of(), formats
+            made_for = self.rule_of(), self.formats_of()
             buffers = FlatBuffers.of(ordered, *made_for, self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)

@@ -35,6 +35,10 @@ class Formats(NamedTuple):
         return self.moments == "bfloat16-nearest"
 
 
+#: Every state as wide as the arithmetic.
+FLOAT32 = Formats()
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of moments, masters and arithmetic for params of ``dtype``: float32, or float64.
 
@@ -47,9 +51,7 @@ def needs_master(dtype: torch.dtype) -> bool:
     return dtype != state_dtype(dtype)
 
 
-def states_of(
-    dtype: torch.dtype, rule: Rule, formats: Formats = Formats()
-) -> dict[str, torch.dtype]:
+def states_of(dtype: torch.dtype, rule: Rule, formats: Formats = FLOAT32) -> dict[str, torch.dtype]:
     """{name: dtype} of the states of a param of ``dtype`` that are as large as the param.
 
     The rule's come first, in the order in which its functions take them. Float64 params keep
@@ -119,7 +121,7 @@ def state_like(p: Tensor, value: Tensor | None = None, dtype: torch.dtype | None
 
 
 def complete_state(
-    p: Tensor, dense: Tensor, state: dict[str, Tensor], rule: Rule, formats: Formats = Formats()
+    p: Tensor, dense: Tensor, state: dict[str, Tensor], rule: Rule, formats: Formats = FLOAT32
 ) -> None:
     """Create what is missing of ``p``'s states and master, and store and lay all out as it must be.
 
@@ -193,3 +195,18 @@ def restore_precision(p: Tensor, master: Tensor) -> None:
     """Give a full-precision param the bits of a master that it is a half-precision rounding of."""
     for dtype in (torch.bfloat16, torch.float16):
         torch.where(master.to(dtype).to(p.dtype) == p, master.to(p.dtype), p, out=p)
+
+
+def to_be_held(name: str, value: Tensor, p: Tensor) -> Tensor | None:
+    """A loaded state of the local param ``p`` as it is held until a step wants another format.
+
+    None where ``p`` has the precision for it itself, and has taken it.
+    """
+    local = state_like(p, value, stored_dtype(name, value.dtype, p.dtype))
+    if name == MASTER and not needs_master(p.dtype):
+        restore_precision(p, local)
+        return None
+    if name == REMAINDER and p.dtype != torch.bfloat16:
+        restore_precision(p, joined(p.to(torch.bfloat16), local))
+        return None
+    return local

@@ -56,9 +56,7 @@ class GroupOptions:
                 options.check_group(group)
             self.rules = [rules.of(group) for group in groups]
             self.rows = [_row(rule, group) for rule, group in zip(self.rules, groups)]
-            self.lrs = {
-                i: group["lr"] for i, group in enumerate(groups) if _on_device(group["lr"])
-            }
+            self.lrs = {i: group["lr"] for i, group in enumerate(groups) if _on_device(group["lr"])}
             self.clip = any(map(options.clips, groups))
             # One step for all groups: what one of them skips, none may take.
             self.skip = any(group["nonfinite"] == "skip" for group in groups)

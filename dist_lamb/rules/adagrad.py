@@ -82,9 +82,7 @@ def directions(g: Array, x: Array, states: Array, c: Coefficients) -> Array:
     return (div(g, sqrt(states[0]) + c.eps),)
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     return 1.0, 0.0, h.lr / (1.0 + (t - 1.0) * h.lr_decay)
 
 
@@ -115,9 +113,7 @@ def decayed_directions(g: Array, x: Array, states: Array, c: Coefficients) -> Ar
     return (div(g, sqrt(states[0]) + c.eps) + x * c.decay,)
 
 
-def trust_scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def trust_scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     rho = trust_ratio(late[0], late[1], h)
     return rho, 0.0, h.lr * rho
 

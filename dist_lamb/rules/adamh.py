@@ -22,9 +22,7 @@ def sums(g: Array, x: Array, states: Array, u: Array, c: Coefficients) -> Array:
     return (x, x), (u[0], u[0]), (x, u[0])
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     x_sq, u_sq, xu = late
     radius, u_norm = sqrt(x_sq), sqrt(u_sq)
     ratio = radius / where(u_norm < 1e-10, 1e-10, u_norm)

@@ -15,9 +15,7 @@ from .ops import Array
 from .rule import Rule
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     return 1.0, h.lr * h.decay, h.lr
 
 

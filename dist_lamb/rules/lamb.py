@@ -40,9 +40,7 @@ def sums(g: Array, x: Array, states: Array, u: Array, c: Coefficients) -> Array:
     return (x, x), (u[0], u[0])
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     # x <- x - lr * rho * u
     rho = trust_ratio(late[0], late[1], h)
     return rho, 0.0, h.lr * rho
@@ -66,9 +64,7 @@ LAMB = Rule(
 LAMB = replace(LAMB, amsgrad=adam.with_amsgrad(LAMB, amsgrad_directions))
 
 
-def outside_scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def outside_scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     # x <- x - lr * (rho * r + wd * x), or with y = (1 - lr * wd) * x:  x <- y - lr * rho(y) * r
     shrink = h.lr * h.decay
     kept = where(h.decay_first > 0, 1.0 - shrink, 1.0)

@@ -64,9 +64,7 @@ def sums(g: Array, x: Array, states: Array, u: Array, c: Coefficients) -> Array:
     return (x, x), (u[0], u[0]), (u[1], u[1])
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     p_ratio = trust_ratio(late[0], late[1], h)
     q_ratio = trust_ratio(late[0], late[2], h)
     return p_ratio, 0.0, h.lr * h.beta1 * p_ratio, h.lr * h.beta3 * q_ratio

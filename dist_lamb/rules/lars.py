@@ -123,15 +123,11 @@ def directions(g: Array, x: Array, states: Array, c: Coefficients) -> Array:
     return (states[0] * c.kept + g * c.new,)
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     return timm_ratio(h, early), 0.0, h.lr
 
 
-def optax_scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def optax_scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     return optax_ratio(h, early), 0.0, 1.0
 
 

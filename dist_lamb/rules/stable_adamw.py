@@ -20,9 +20,7 @@ def sums(g: Array, x: Array, states: Array, u: Array, c: Coefficients) -> Array:
     return ((ratio, ratio),)
 
 
-def scales(
-    h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
-) -> Array:
+def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array) -> Array:
     rms = sqrt(late[0] / numel)
     ratio = 1.0 / where(rms < 1.0, 1.0, rms)
     return ratio, h.lr * ratio * h.decay, h.lr * ratio
