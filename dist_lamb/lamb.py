@@ -61,6 +61,14 @@ class Lamb(LambBase):
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
             more pass over the gradients (clipping makes that pass anyway). One group that says
             "skip" makes it so for all.
+        state_format: how the rule's states are stored: ``"float32"``; ``"bfloat16"``, half the
+            memory, rounded at random so that the mean of many roundings is exact; or
+            ``"bfloat16-nearest"``, for comparison only: rounded so, ``v <- 0.999 v`` stands still.
+            What is stored is what counts, in both norms. Float64 params keep float64 states.
+        master: of bfloat16 params: ``"float32"``, or ``"remainder"``, 2 bytes a param in place of
+            4: the param is the master rounded to nearest (half away from zero), and an int16
+            ``remainder`` in the state is what the master has more. Nothing is lost by it. Float16
+            params keep float32 masters.
         track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
             ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
@@ -77,7 +85,14 @@ class Lamb(LambBase):
     that are no longer their master's rounding count; writes through ``p.data`` cannot be noticed:
     call :meth:`refresh_masters` after them. ``state[p]`` holds ``step`` (0-d float32),
     ``exp_avg``, ``exp_avg_sq`` (shaped like p), and ``master``. A param whose gradient is None is
-    left alone; gradients are never written. Groups, state and options may be edited in place
+    left alone; gradients are never written. With ``master="remainder"`` a param that was written
+    to has the value written, exactly where that is zero or infinite, and else with a remainder of
+    less than a unit in its last place; to begin anew with other weights drop the state,
+    ``del opt.state[p]``.
+
+    Random bits are a hash of (element of the whole param, the param's own step): the same bits come
+    out at every number of ranks, on every mesh and in every memory format. Formats are this
+    optimizer's own: state that is loaded is converted into them, exactly where it can be. Groups, state and options may be edited in place
     between steps, as in torch.optim.
 
     DTensors (fully_shard, parallelize_module, distribute_tensor; any mesh, uneven shards, beside

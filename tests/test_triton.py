@@ -244,7 +244,12 @@ def _compiled_for(
     for kernel in vars(triton_kernels.of(rule)).values():
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK, "COPY_KIND": 0 if formats[1] else kind}
+        given = {
+            "KIND": kind,
+            "NORM": False,
+            "BLOCK": triton_math.BLOCK,
+            "COPY_KIND": 0 if formats[1] else kind,
+        }
         given |= {"ONCE": not rule.late, "COLUMNS": rule.columns, "LR_ZERO": False}
         given |= {"SUM": True, "FINISH": True, "DIMS": 1}
         given |= {"STATE_KIND": formats[0], "X_KIND": formats[1]}
