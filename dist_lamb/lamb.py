@@ -92,8 +92,8 @@ class Lamb(LambBase):
 
     Random bits are a hash of (element of the whole param, the param's own step): the same bits come
     out at every number of ranks, on every mesh and in every memory format. Formats are this
-    optimizer's own: state that is loaded is converted into them, exactly where it can be. Groups, state and options may be edited in place
-    between steps, as in torch.optim.
+    optimizer's own: state that is loaded is converted into them, exactly where it can be. Groups,
+    state and options may be edited in place between steps, as in torch.optim.
 
     DTensors (fully_shard, parallelize_module, distribute_tensor; any mesh, uneven shards, beside
     plain tensors that all ranks have alike) are updated as the whole tensors would be: a step

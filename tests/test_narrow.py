@@ -200,8 +200,8 @@ def test_distance_from_float32() -> None:
     the cancellation of random roundings, which makes it far less.
     """
     steps = 3
-    want_p, want = trained(Lamb, torch.float32, steps, impl="foreach")
-    got_p, got = trained(Lamb, torch.float32, steps, impl="foreach", state_format="bfloat16")
+    want_p, _ = trained(Lamb, torch.float32, steps, impl="foreach")
+    got_p, _ = trained(Lamb, torch.float32, steps, impl="foreach", state_format="bfloat16")
     for name, p in want_p.items():
         if p.numel():
             bound = steps**2 * OPTIONS["lr"] * 2**-5 * max(float(p.norm()), 1.0)
@@ -302,7 +302,7 @@ def _meshes() -> list[str]:
     """The same on DTensors; in the middle state and params go into others, sharded anew."""
     found = []
     for dtype, formats in RANK_CASES:
-        for k, (sizes, how) in enumerate(PLACEMENTS):
+        for k in range(len(PLACEMENTS)):
             params, optimizer = make(dtype), None
             for t in range(4):
                 if t in (0, 2):  # resharded in the middle
@@ -352,7 +352,7 @@ def _ranks(rank: int, world: int) -> tuple[dict[int, Any], list[str]]:
 
 
 def test_no_trace_of_ranks_meshes_and_resharding(tmp_path: Path) -> None:
-    """W = 1, 2, 3, 4; rows, columns, FSDP over TP, HSDP; state moved in the middle: the same bits."""
+    """W = 1, 2, 3, 4; rows, columns, FSDP over TP, HSDP; state moved in the middle: same bits."""
     alone = []
     for dtype, formats in RANK_CASES:
         params, optimizer = trained(Lamb, dtype, 4, impl="foreach", **formats)
@@ -502,7 +502,7 @@ def test_inspect_names_the_formats(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_groups_of_several_formats_and_changing_them() -> None:
-    """Each group has its own; in Lamb they may change between steps, in ShardedLamb they may not."""
+    """Each group has its own; in Lamb they may change between steps, in ShardedLamb not."""
     params = make(torch.bfloat16)
     groups = models.groups_of(params)
     groups[1]["state_format"] = "float32"

@@ -223,7 +223,7 @@ def test_auto_on_a_gpu() -> None:
 def _compiled_for(
     arch: int, kind: int, rule_name: str = "lamb", formats: tuple[int, int] = (0, 0)
 ) -> dict[str, str]:
-    """PTX of a rule's kernels, for gradients and copies of one kind, and formats of states and x."""
+    """PTX of a rule's kernels, for gradients and copies of one kind; kinds of states and of x."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
