@@ -31,24 +31,26 @@ RANK_CASES = [(torch.float32, FORMATS[0]), (torch.bfloat16, NARROW)]
 OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
 
 
-def make(dtype: torch.dtype) -> dict[str, Tensor]:
+def make(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """As models.make_params, with a convolution in channels_last and a transposed matrix."""
     params = models.make_params(dtype)
     generator = torch.Generator().manual_seed(9)
     kernel = (torch.randn(6, 5, 3, 3, generator=generator) * 0.1).to(dtype)
     params["conv"] = nn.Parameter(kernel.contiguous(memory_format=torch.channels_last))
     params["wide.weight"] = nn.Parameter(params["wide.weight"].detach().t().contiguous().t())
-    return params
+    if device == "cpu":
+        return params
+    return {name: nn.Parameter(p.detach().to(device)) for name, p in params.items()}
 
 
 def trained(
-    cls: Any, dtype: torch.dtype, steps: int = 3, start: Any = None, **options: Any
+    cls: Any, dtype: torch.dtype, steps: int = 3, device: str = "cpu", **options: Any
 ) -> tuple[dict[str, Tensor], Any]:
-    params = make(dtype)
+    params = make(dtype, device)
     optimizer = cls(models.groups_of(params), **{**OPTIONS, **options})
     for t in range(steps):
         for name, g in models.mean_gradients(params, t).items():
-            params[name].grad = g
+            params[name].grad = g.to(device)
         optimizer.step()
         optimizer.zero_grad()
     return params, optimizer
@@ -119,7 +121,7 @@ def _u_norm(x: Tensor, state: dict[str, Tensor], decay: float, t: int) -> float:
     return float((r + decay * x.double()).norm())
 
 
-def _check_norms(impl: str) -> None:
+def _check_norms(impl: str, device: str = "cpu") -> None:
     """The norms that a step reports are those of what it has stored, to float32's precision.
 
     A moment before rounding is up to 2^-7 of itself away from what is stored, its norm over n
@@ -127,12 +129,12 @@ def _check_norms(impl: str) -> None:
     """
     seen = 0.0
     for options in ({"state_format": "bfloat16"}, {"state_format": "bfloat16-nearest"}):
-        params = models.make_params()
+        params = {n: nn.Parameter(p.detach().to(device)) for n, p in models.make_params().items()}
         optimizer = Lamb(models.groups_of(params), lr=0.02, impl=impl, **options)
         for t in range(1, 4):
             before = {name: p.detach().clone() for name, p in params.items()}
             for name, g in models.mean_gradients(params, t).items():
-                params[name].grad = g
+                params[name].grad = g.to(device)
             optimizer.step()
             norms = optimizer.update_norms()
             for name, p in params.items():
@@ -160,13 +162,13 @@ def _distance(a: Tensor, b: Tensor, places: int) -> float:
     return float((a.double() - b.double()).abs().max()) / unit if a.numel() else 0.0
 
 
-def _check_backend(impl: str) -> None:
+def _check_backend(impl: str, device: str = "cpu") -> None:
     """Between backends within one rounding: a moment that differs in float32's last place may come
     out as the other neighbour, one unit in the last of a bfloat16's 8 places."""
     for dtype in (torch.float32, torch.bfloat16):
         for options in (*FORMATS, {"state_format": "bfloat16-nearest"}):
-            want_p, want = trained(Lamb, dtype, steps=2, impl="reference", **options)
-            got_p, got = trained(Lamb, dtype, steps=2, impl=impl, **options)
+            want_p, want = trained(Lamb, dtype, 2, device, impl="reference", **options)
+            got_p, got = trained(Lamb, dtype, 2, device, impl=impl, **options)
             for name, p in want_p.items():
                 for key in ("exp_avg", "exp_avg_sq"):
                     a, b = got.state[got_p[name]][key], want.state[p][key]

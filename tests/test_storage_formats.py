@@ -241,15 +241,15 @@ def test_pieces_in_one_part_need_no_division() -> None:
 # --- Triton ---------------------------------------------------------------------------------------
 
 
-def _in_triton(x: Tensor, r: Tensor, rows: Tensor, dims: int) -> list[Tensor]:
-    """What the kernels make of these, in Triton's interpreter."""
+def in_triton(x: Tensor, r: Tensor, rows: Tensor, dims: int) -> list[Tensor]:
+    """What the kernels make of these."""
     import format_kernels
 
-    return format_kernels.run(x, r, rows, dims)
+    return [t.cpu() for t in format_kernels.run(x, r, rows, dims)]
 
 
-def test_triton_gives_the_same_bits(interpreted: Callable[..., Any]) -> None:
-    """Integers throughout: Triton's interpreter rounds to bfloat16 by cutting bits off."""
+def check_triton(run: Callable[..., list[Tensor]], device: str = "cpu") -> None:
+    """Bit by bit what tensors give, of every kind of float32 and of every piece."""
     x = torch.cat([of_patterns(torch.tensor(EDGES)), next(iter(every(2**15 - 19)))])
     x = x[: len(x) // 512 * 512]
     generator = torch.Generator().manual_seed(1)
@@ -264,15 +264,22 @@ def test_triton_gives_the_same_bits(interpreted: Callable[..., Any]) -> None:
         formats.bits(formats.master_of(h, r >> 16)),
         formats.random_bits(r, r >> 5, formats.seed_of(h, 1)),
     ]
-    *got, _ = interpreted(_in_triton, x, r, torch.zeros(1, 7, dtype=torch.int64), 3)
+    here = [t.to(device) for t in (x, r, torch.zeros(1, 7, dtype=torch.int64))]
+    *got, _ = run(*here, 3)
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         if k in (2, 5):  # of a NaN the sign is left to the machine
             assert same(formats.real(a), formats.real(b)), k
         else:
             assert torch.equal(a, b), k
+    _check_numbers(run, device)
 
 
-def test_triton_numbers_elements_alike(interpreted: Callable[..., Any]) -> None:
+def test_triton_gives_the_same_bits(interpreted: Callable[..., Any]) -> None:
+    """Integers throughout: Triton's interpreter rounds to bfloat16 by cutting bits off."""
+    check_triton(lambda *args: interpreted(in_triton, *args))
+
+
+def _check_numbers(run: Callable[..., list[Tensor]], device: str) -> None:
     big = 2**31 + 5
     found = [(_of(piece, whole), piece.numel()) for _, piece, whole in _pieces()]
     found += [
@@ -282,7 +289,8 @@ def test_triton_numbers_elements_alike(interpreted: Callable[..., Any]) -> None:
     ]
     dims = max(len(elements.strides) for elements, _ in found)
     rows = torch.tensor([elements.row(dims) for elements, _ in found])
-    got = interpreted(_in_triton, torch.zeros(0), torch.zeros(0).int(), rows, dims)[-1]
+    here = [t.to(device) for t in (torch.zeros(0), torch.zeros(0).int(), rows)]
+    got = run(*here, dims)[-1]
     for (elements, numel), numbers in zip(found, got, strict=True):
         q = torch.arange(elements.first, elements.first + 1024)
         want = numbers_of(q, elements.start, elements.sizes, elements.strides)
