@@ -128,7 +128,8 @@ def _check_norms(impl: str, device: str = "cpu") -> None:
     elements about 2^-8 / sqrt(n): the tensors are small enough for that to be far above 1e-5.
     """
     seen = 0.0
-    for options in ({"state_format": "bfloat16"}, {"state_format": "bfloat16-nearest"}):
+    formats = ({"state_format": "bfloat16"}, {"state_format": "bfloat16-nearest"})
+    for options in formats[: 1 if impl == "compiled" else 2]:
         params = {n: nn.Parameter(p.detach().to(device)) for n, p in models.make_params().items()}
         optimizer = Lamb(models.groups_of(params), lr=0.02, impl=impl, **options)
         for t in range(1, 4):
@@ -162,26 +163,40 @@ def _distance(a: Tensor, b: Tensor, places: int) -> float:
     return float((a.double() - b.double()).abs().max()) / unit if a.numel() else 0.0
 
 
-def _check_backend(impl: str, device: str = "cpu") -> None:
+ALL_CASES = [
+    (dtype, options)
+    for dtype in (torch.float32, torch.bfloat16)
+    for options in (*FORMATS, {"state_format": "bfloat16-nearest"})
+]
+
+
+def _check_backend(impl: str, device: str = "cpu", cases: Any = ALL_CASES) -> None:
     """Between backends within one rounding: a moment that differs in float32's last place may come
     out as the other neighbour, one unit in the last of a bfloat16's 8 places."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for options in (*FORMATS, {"state_format": "bfloat16-nearest"}):
-            want_p, want = trained(Lamb, dtype, 2, device, impl="reference", **options)
-            got_p, got = trained(Lamb, dtype, 2, device, impl=impl, **options)
-            for name, p in want_p.items():
-                for key in ("exp_avg", "exp_avg_sq"):
-                    a, b = got.state[got_p[name]][key], want.state[p][key]
-                    assert a.dtype == b.dtype
-                    assert _distance(a, b, 8 if "state_format" in options else 20) <= 1, (name, key)
-            a, b = masters(got_p, got), masters(want_p, want)
-            for name in b:
-                assert _distance(a[name], b[name], 14) <= 1, (impl, dtype, options, name)
+    for dtype, options in cases:
+        want_p, want = trained(Lamb, dtype, 2, device, impl="reference", **options)
+        got_p, got = trained(Lamb, dtype, 2, device, impl=impl, **options)
+        for name, p in want_p.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                a, b = got.state[got_p[name]][key], want.state[p][key]
+                assert a.dtype == b.dtype
+                assert _distance(a, b, 8 if "state_format" in options else 20) <= 1, (name, key)
+        values, expected = masters(got_p, got), masters(want_p, want)
+        for name in expected:
+            assert _distance(values[name], expected[name], 14) <= 1, (impl, dtype, options, name)
 
 
 def test_backends_agree(impl: str) -> None:
-    if impl != "reference":
+    if impl == "compiled":  # compiling all takes minutes
+        _check_backend(impl, cases=[(torch.bfloat16, NARROW)])
+    elif impl == "foreach":
         _check_backend(impl)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_agrees_in_every_format() -> None:
+    _check_backend("compiled")
 
 
 def test_float32_formats_are_the_default_and_the_same_bits() -> None:
