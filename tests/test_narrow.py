@@ -221,7 +221,7 @@ def test_distance_from_float32() -> None:
     got_p, _ = trained(Lamb, torch.float32, steps, impl="foreach", state_format="bfloat16")
     for name, p in want_p.items():
         if p.numel():
-            bound = steps**2 * OPTIONS["lr"] * 2**-5 * max(float(p.norm()), 1.0)
+            bound = steps**2 * OPTIONS["lr"] * 2**-5 * max(float(p.detach().norm()), 1.0)
             off = float((got_p[name] - p).norm())
             assert off <= bound, name
             assert off > 0 or p.numel() < 30, name
