@@ -132,7 +132,8 @@ class ShardedBase(LambBase):
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
             ordered = [*named.values(), *reversed(last)]
-            buffers = FlatBuffers.of(ordered, self.rule_of(), self._comm, self._settings)
+            made_for = self.rule_of(), self.formats_of()
+            buffers = FlatBuffers.of(ordered, *made_for, self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._reduces:
