@@ -95,11 +95,8 @@ class LambBase(Optimizer):
             if name in options.RULE_DEFAULTS or name in options.TORCH_FLAGS
         }
         known = options.rule_named(rule).options
-        foreign.refuse_unknown(
-            type(self).__name__,
-            of_rule.keys() - known.keys(),
-            [*defaults, *known, "impl", "track_grad_norm"],
-        )
+        own = [*defaults, *known, "impl", "track_grad_norm"]
+        foreign.refuse_unknown(type(self).__name__, of_rule.keys() - known.keys(), own)
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm
         # What is as the signature has it was not asked for, so that no rule need have it.

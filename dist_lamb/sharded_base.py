@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import LambBase
 from .sharded_state import ShardedState, described_setup
-from .sharding.buffers import FlatBuffers, OwnedRange
+from .sharding.buffers import FlatBuffers
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
 from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Handles
@@ -20,6 +20,7 @@ from .sharding.lockstep import Lockstep
 from .sharding.members import Members
 from .sharding.overlap import GradientReducer, ParamGatherer
 from .sharding.settings import Settings
+from .sharding.shards import OwnedRange
 
 
 class ShardedBase(LambBase):

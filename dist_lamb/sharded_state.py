@@ -15,7 +15,8 @@ from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.device import mask_of
 from .kernels.groups import GroupTable
-from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
+from .sharding.buffers import FlatBuffers
+from .sharding.shards import OwnedRange, spec_of
 from .state import MASTER, REMAINDER, TENSOR_STATES, Formats
 
 Groups = Sequence[Mapping[str, Any]]

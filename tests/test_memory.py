@@ -8,10 +8,11 @@ from benchmarking import workloads as shapes
 
 from dist_lamb.rules import RULES
 from dist_lamb.sharded import BUCKET_NUMEL
-from dist_lamb.sharding.buffers import FlatBuffers, spec_of
+from dist_lamb.sharding.buffers import FlatBuffers
 from dist_lamb.sharding.comm import Comm
 from dist_lamb.sharding.layout import TILE, Layout
 from dist_lamb.sharding.settings import Settings
+from dist_lamb.sharding.shards import spec_of
 from dist_lamb.state import Formats
 
 

@@ -37,9 +37,6 @@ from ..state import (
     REMAINDER,
     TENSOR_STATES,
     Formats,
-    converted,
-    joined,
-    split_into,
     state_like,
     states_of,
     stored_dtype,
@@ -48,6 +45,7 @@ from .errors import CheckpointError
 from .files import Entry
 from .fragments import Fragment
 from .reading import Checkpoint
+from .stored import has_state, saved_key, take_converted
 
 #: If options differ: raise, use the checkpoint's, or keep the optimizer's.
 WhichOptions: TypeAlias = Literal["same", "saved", "own"]
@@ -193,19 +191,6 @@ def _check_entry(
         raise CheckpointError(
             f"{path}: {key} is {list(saved.shape)} {saved.dtype}, here it is {list(shape)} {dtype}"
         )
-
-
-def has_state(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether there is any state of this param."""
-    return any(f"optimizer.{name}.{s}" in checkpoint.tensors for s in ("step", *TENSOR_STATES))
-
-
-def saved_key(checkpoint: Checkpoint, name: str, state_name: str) -> str:
-    """The key of a param's state; of a master's remainder where that was saved, and the reverse."""
-    keys = [f"optimizer.{name}.{state_name}"]
-    if state_name in (MASTER, REMAINDER):
-        keys += [f"optimizer.{name}.{other}" for other in (MASTER, REMAINDER)]
-    return next((key for key in keys if key in checkpoint.tensors), keys[0])
 
 
 def check_groups(
@@ -403,7 +388,7 @@ class Targets:
         if isinstance(optimizer, ShardedLamb):
             if self._pieces:
                 for piece, state_name, given in self._converted:
-                    _convert(piece.views, state_name, given)
+                    take_converted(piece.views, state_name, given)
                 for p in self._without_state:
                     if p in self._pieces:  # a frozen param has no state at all
                         self._reset(p)
@@ -436,16 +421,6 @@ def _warn_of_frozen(names: list[str]) -> None:
             "no state of frozen params",
             stacklevel=2,
         )
-
-
-def _convert(views: Mapping[str, Tensor], name: str, given: Tensor) -> None:
-    """A piece's state from elements that were saved in another format."""
-    if name == REMAINDER:
-        views[name].copy_(split_into(views["param"], given))
-    elif name == MASTER:
-        views[name].copy_(joined(views["param"], given))
-    else:
-        views[name].copy_(converted(given, views[name].dtype))
 
 
 def device_of(names: Names) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
@@ -21,7 +21,6 @@ from ..state import (
     as_laid_out,
     converted,
     flat_row,
-    is_dense,
     joined,
     refresh_master,
     refresh_remainder,
@@ -30,8 +29,9 @@ from ..state import (
     states_of,
 )
 from .comm import Comm
-from .layout import TILE, Extent, Layout, ParamSpec
+from .layout import TILE, Extent, Layout
 from .settings import Settings
+from .shards import Bank, OwnedRange, Shard, Staging, flat_of, rows_of, spec_of
 
 #: Fills the gradient of a param that has none on a rank. A sum of floats is -0.0 only if every
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
@@ -42,54 +42,6 @@ GRADS = "grads"
 #: dtype of params, and names and dtypes of their states
 _Kind: TypeAlias = tuple[torch.dtype, tuple[tuple[str, torch.dtype], ...]]
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
-
-
-def spec_of(name: str, p: Tensor) -> ParamSpec:
-    """Params keep their memory format in the buffer (channels_last stays so); gaps are closed."""
-    stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
-    return ParamSpec(name=name, shape=tuple(p.shape), stride=tuple(stride), dtype=str(p.dtype))
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """This rank's shards of all buckets of one dtype and one set of states, one after the other:
-    [tiles, TILE] each."""
-
-    grads: Tensor
-    states: dict[str, Tensor]  # by name; a master only where the params have less precision
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's shard of one bucket: [tiles_per_shard, TILE] views."""
-
-    params: Tensor  # a part of the whole bucket of params
-    grads: Tensor  # the mean over ranks, in the dtype it is kept in
-    states: dict[str, Tensor]
-    tiles: int  # how many of them are some param's; the rest is padding
-
-
-@dataclass(frozen=True)
-class _Staging:
-    """Where a bucket's gradients are put together to be sent."""
-
-    members: tuple[int, ...]  # the bucket's params
-    params: list[Tensor]  # these
-    tiles: Tensor  # [tiles, TILE], padded to all ranks' shards
-    first: Tensor  # the first element of each tile
-    slots: list[Tensor]  # of each param: a view shaped and strided as it is
-    rows: list[Tensor]  # its tiles
-    padding: list[Tensor]  # what belongs to no param
-    zeros: list[Tensor]  # as much of them as there is padding
-
-
-@dataclass(frozen=True)
-class OwnedRange:
-    """What a rank holds of a param: elements from ``start`` on, in the param's memory order."""
-
-    start: int
-    views: dict[str, Tensor]  # "param" and its states: 1-D views, all of one length
-    whole: ParamSpec
 
 
 class FlatBuffers:
@@ -142,7 +94,7 @@ class FlatBuffers:
         for s in self.shards:
             if MASTER in s.states:
                 s.states[MASTER].copy_(s.params)
-        self._staging: dict[int, _Staging] = {}
+        self._staging: dict[int, Staging] = {}
         self._staging_memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self._taken: list[tuple[Tensor, Tensor]] | None = None
         #: by dtype: params, the bank's gradients, the first tile there of each param
@@ -181,7 +133,7 @@ class FlatBuffers:
         dtype = self.buckets[n].dtype
         return dtype, tuple(self._stored[self.layout.buckets[n].params[0]].items())
 
-    def _make_banks(self) -> dict[_Kind, _Bank]:
+    def _make_banks(self) -> dict[_Kind, Bank]:
         tiles: dict[_Kind, int] = {}
         for n, b in enumerate(self.layout.buckets):
             kind = self._kind(n)
@@ -191,7 +143,7 @@ class FlatBuffers:
             kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
             grads = self._zeros(count * TILE, kept).view(-1, TILE)
             states = {name: self._zeros(count * TILE, own).view(-1, TILE) for name, own in stored}
-            banks[dtype, stored] = _Bank(grads, states)
+            banks[dtype, stored] = Bank(grads, states)
         return banks
 
     def _travelling_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -221,8 +173,8 @@ class FlatBuffers:
         found = []
         for e in self._extents:
             shard = self.shards[e.bucket]
-            grad, params = _rows(shard.grads, e), _rows(shard.params, e)
-            states = {name: _rows(state, e) for name, state in shard.states.items()}
+            grad, params = rows_of(shard.grads, e), rows_of(shard.params, e)
+            states = {name: rows_of(state, e) for name, state in shard.states.items()}
             spec, rule = self.layout.params[e.param], self.rules[e.param]
             elements = Elements.of(spec.shape, spec.stride).from_(e.param_start)
             of = index_of[e.param], grad, params, states, rule, self.formats[e.param], elements
@@ -311,7 +263,7 @@ class FlatBuffers:
             row.fill_(ABSENT)
         return staging.tiles, present
 
-    def _make_staging(self, bucket: int, slot: int) -> _Staging:
+    def _make_staging(self, bucket: int, slot: int) -> Staging:
         """The buckets that take turns in a slot share its memory."""
         whole, b = self.buckets[bucket], self.layout.buckets[bucket]
         dtype = self._travelling_dtype(whole.dtype)
@@ -333,7 +285,7 @@ class FlatBuffers:
         # in the dtype of the gradients: all are copied at once
         zero = self._zeros(max(map(len, padding), default=0), whole.dtype)
         tiles = flat.view(-1, TILE)
-        return _Staging(
+        return Staging(
             tuple(b.params),
             [self.params[j] for j in b.params],
             tiles,
@@ -365,7 +317,7 @@ class FlatBuffers:
 
     def _taking(self, extent: Extent) -> tuple[Tensor, Tensor]:
         """The tiles of a extent's gradient, and these shaped as the gradient or its piece is."""
-        rows = _rows(self.shards[extent.bucket].grads, extent)
+        rows = rows_of(self.shards[extent.bucket].grads, extent)
         spec, flat = self.layout.params[extent.param], rows.view(-1)[: extent.numel]
         if extent.numel != spec.numel:
             return rows, flat
@@ -378,7 +330,7 @@ class FlatBuffers:
             self._first_tiles = []
             for kind, bank in self.banks.items():
                 mine = [e for e in self._extents if self._kind(e.bucket) == kind]
-                rows = [_rows(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
+                rows = [rows_of(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
                 at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
                 self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
@@ -395,7 +347,7 @@ class FlatBuffers:
             mean = means.get(self.params[e.param])
             if mean is not None:
                 memory = flat_row(as_laid_out(mean, self._slots[e.param]))[0]
-                _flat(self.shards[e.bucket].grads, e).copy_(memory[e.param_start :][: e.numel])
+                flat_of(self.shards[e.bucket].grads, e).copy_(memory[e.param_start :][: e.numel])
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -405,13 +357,13 @@ class FlatBuffers:
         if extent is None:
             return {name: self._zeros(0, dtype) for name, dtype in self._stored[i].items()}
         states = self.shards[extent.bucket].states
-        return {name: _flat(states[name], extent) for name in self._stored[i]}
+        return {name: flat_of(states[name], extent) for name in self._stored[i]}
 
     def owned(self, i: int) -> OwnedRange:
         """This rank's part of param i itself and of its states."""
         extent, start, own = self._extent_of.get(i), 0, self._zeros(0, self.params[i].dtype)
         if extent is not None:
-            start, own = extent.param_start, _flat(self.shards[extent.bucket].params, extent)
+            start, own = extent.param_start, flat_of(self.shards[extent.bucket].params, extent)
         return OwnedRange(start, {"param": own, **self.local_state(i)}, self.layout.params[i])
 
     def load_state(self, i: int, whole: Mapping[str, Tensor]) -> None:
@@ -455,14 +407,3 @@ class FlatBuffers:
                 at = whole.as_strided(slot.shape, slot.stride(), slot.storage_offset())
                 found[i] = at.to("cpu", copy=True)
         return found
-
-
-def _rows(shard: Tensor, extent: Extent) -> Tensor:
-    """The tiles of a shard that an extent fills, the last one perhaps in part."""
-    first = extent.shard_start // TILE
-    return shard[first : first + -(-extent.numel // TILE)]
-
-
-def _flat(shard: Tensor, extent: Extent) -> Tensor:
-    """The elements of a shard that are an extent's."""
-    return _rows(shard, extent).view(-1)[: extent.numel]
