@@ -334,8 +334,8 @@ class FlatBuffers:
                 at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
                 self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
-        for params, grads, rows_of in self._first_tiles:
-            first = grads[rows_of, 0]
+        for params, grads, at in self._first_tiles:
+            first = grads[at, 0]
             found[params] = ~((first == 0) & torch.signbit(first))
         return found
 
