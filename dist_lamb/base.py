@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
 
 class LambBase(Optimizer):
     """Parameter groups with LAMB's options, one step, and what it reports."""
+
+    #: False where rank 0's values will take the place of what params hold when they are given
+    _own_values_count: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -137,8 +140,8 @@ class LambBase(Optimizer):
         try:
             for name, p in self.named_groups()[-1]:
                 self._check_param(name, p)
-                if rules.of(group).refuses_zeros:
-                    self.refuse_zeros(name, p)
+            if self._own_values_count:
+                self.refuse_zeros(-1)
             named = chain.from_iterable(self.named_groups())
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
@@ -163,15 +166,14 @@ class LambBase(Optimizer):
                 f"{type(self).__name__} optimizes real floating-point tensors; {name} is {p.dtype}"
             )
 
-    def refuse_zeros(self, name: str, p: Tensor) -> None:
-        """Raise where the host can see that a matrix has no norm that it could keep."""
-        here = local_of(p)
-        # an empty one may be a piece of a DTensor, or stand for a param of DeepSpeed's zero.Init
-        if here is p and p.numel() and p.device.type != "meta" and not p.any():
-            raise ValueError(
-                f"{name} is zero: under this rule a tensor keeps its norm and could never move; "
-                "put it into a group with rule='adamw', or initialize it"
-            )
+    def refuse_zeros(self, group: int) -> None:
+        """Raise ``ValueError`` naming a tensor that is zero where the rule cannot have that, as far
+        as this rank alone can see."""
+        problem = rules.of(self.param_groups[group]).zeros
+        for name, p in self.named_groups()[group] if problem else ():
+            # an empty one may stand for a param of DeepSpeed's zero.Init
+            if local_of(p) is p and p.numel() and p.device.type != "meta" and not p.any():
+                raise ValueError(f"{name} is zero: {problem}")
 
     def named_groups(self) -> list[list[tuple[str, Tensor]]]:
         """(name, param) of every param, group by group.

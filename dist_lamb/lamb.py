@@ -18,7 +18,15 @@ from .kernels.groups import GroupTable
 from .kernels.segments import Segment, segment
 from .norms import DTensorNorms, Norms
 from .rules import Rule
-from .sharding.dtensors import elements_of, local_of, mismatch, placed_as, refusal, wrapped
+from .sharding.dtensors import (
+    elements_of,
+    elsewhere,
+    local_of,
+    mismatch,
+    placed_as,
+    refusal,
+    wrapped,
+)
 from .state import (
     MASTER,
     REMAINDER,
@@ -199,6 +207,13 @@ class Lamb(LambBase):
         assert self._norms is not None
         rules, formats = self._options.rules, self._formats()
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        self._refuse_to_begin(
+            {
+                i: rule
+                for i, p in stepped
+                if next(iter((rule := rules[group_of[i]]).states)) not in self.state.get(p, ())
+            }
+        )
         # Params that were stepped before stay: gradients may come and go.
         chosen = {i for i, _ in stepped} | {
             i
@@ -238,6 +253,27 @@ class Lamb(LambBase):
             self._kept = kept
         return kept, gaps
 
+    def _refuse_to_begin(self, new: dict[int, Rule]) -> None:
+        """Raise where state must not be made for these params. To look for zeros is a collective,
+        of the first step alone: no rank sees more than its pieces."""
+        params = self._known
+        if any(capturing(params[i].device) for i in new):
+            raise RuntimeError(
+                "take a step before capturing step() in a CUDA graph: state that is made "
+                "inside of it would be made anew at every replay"
+            )
+        looked_at = [i for i, rule in new.items() if rule.zeros and params[i].numel()]
+        for device in dict.fromkeys(params[i].device for i in looked_at):
+            here = [i for i in looked_at if params[i].device == device]
+            nonzero = torch.zeros(len(params), 1, dtype=torch.float64, device=device)
+            for i in here:
+                nonzero[i] = elsewhere(params[i]) or local_of(params[i]).any()
+            assert self._norms is not None
+            found = self._norms.per_param(nonzero).tolist()
+            for i in here:
+                if found[i] == [0.0]:
+                    raise ValueError(f"{self._all_names()[i]} is zero: {new[i].zeros}")
+
     def _segment(self, i: int, p: Tensor, rule: Rule, formats: Formats) -> Segment:
         """What the step of a param touches, its state completed and laid out as the param is."""
         whole = x = local_of(p).detach()
@@ -250,14 +286,6 @@ class Lamb(LambBase):
                 f"Lamb cannot step {self._all_names()[i]}: its state {other or list(state)} is of "
                 f"another rule than {rule.name!r}; to begin anew, drop it: del opt.state[p]"
             )
-        if next(iter(rule.states)) not in state:
-            if capturing(p.device):
-                raise RuntimeError(
-                    "take a step before capturing step() in a CUDA graph: state that is made "
-                    "inside of it would be made anew at every replay"
-                )
-            if rule.refuses_zeros:
-                self.refuse_zeros(self._all_names()[i], p)
         if x.device not in self._counters:
             self._counters[x.device] = torch.zeros(len(self._known), device=x.device)
         count_here(self._counters[x.device], i, state)

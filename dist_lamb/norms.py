@@ -52,22 +52,6 @@ def add_up(
     return both[: some.numel()].view_as(some), both[some.numel() :].view_as(other)
 
 
-class LocalNorms:
-    """Every tensor is whole on this device: nothing to add."""
-
-    local = True
-    settled = True
-
-    def reduction_groups(self, device: torch.device) -> None:
-        return None
-
-    def per_param(self, sums: Tensor) -> Tensor:
-        return sums
-
-    def over_all(self, sums: Tensor, early: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return sums, early
-
-
 class FlatNorms:
     """Tensors are cut over the ranks of ``comm``, each element owned by one rank."""
 

@@ -334,6 +334,9 @@ class ShardedLamb(ShardedBase):
             problem = wrapper_problem(params)
         if problem is None and any_gradient(params):
             problem = gradient_problem(self._all_named())
+        if not self._looked:
+            for i in range(len(self.param_groups)):
+                self.refuse_zeros(i)
         if problem is not None:
             for name in ("found_inf", "grad_scale"):  # which a scaler leaves behind now
                 self.__dict__.pop(name, None)

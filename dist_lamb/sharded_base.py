@@ -26,6 +26,7 @@ from .sharding.shards import OwnedRange
 class ShardedBase(LambBase):
     """Buffers that are made at first use, and made anew for other params; whole state."""
 
+    _own_values_count = False
     stage: int
     _settings: Settings
     _members: Members
@@ -41,6 +42,8 @@ class ShardedBase(LambBase):
     _numbered: list[Tensor]
     #: whether all that was made
     _ready: bool
+    #: whether a step has looked at params that it cannot take
+    _looked: bool
     #: whether a newer optimizer has the params
     _replaced: bool
 
@@ -65,6 +68,7 @@ class ShardedBase(LambBase):
         if self._ready and self._kept is not None:
             self._current()
         super().add_param_group(param_group)
+        self._looked = False
         if not self._ready or self._members.lockstep is None:
             return
         self._members.lockstep.meet("add_param_group()")

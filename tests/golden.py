@@ -145,8 +145,7 @@ class Trajectory:
             for n, p in params.items():
                 got, want = p.detach().cpu(), expected[n]
                 error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-                # NaN compares false with everything: max() would swallow it.
-                worst = error if not error <= worst else worst
+                worst = max(worst, error if error == error else float("inf"))  # NaN is no number
         return worst
 
 
@@ -156,3 +155,28 @@ TOLERANCE = 2e-5
 #: Files of LAMB as in the paper, and those of FAMILY: other rules.
 FAMILY = [name for name in ALL if Trajectory.load(name).options.get("rule", "lamb") != "lamb"]
 NAMES = [name for name in ALL if name not in FAMILY]
+
+
+def all_together() -> Trajectory:
+    """All files in one optimizer, but those that clip by a norm over all params or change lr."""
+    files = {name: Trajectory.load(name) for name in ALL}
+    files = {n: t for n, t in files.items() if not t.options["max_grad_norm"] and not t.lrs}
+
+    def joined(of: Callable[[str, Trajectory], dict[str, Any]]) -> dict[str, Any]:
+        return {f"{n}/{key}": v for n, t in files.items() for key, v in of(n, t).items()}
+
+    def options(_: str, t: Trajectory) -> dict[str, Any]:
+        decay = {n: 0.0 if n in t.no_decay else t.weight_decay for n in t.init}
+        return {n: {**t.options, "weight_decay": decay[n], **t.special.get(n, {})} for n in t.init}
+
+    steps = range(len(next(iter(files.values())).grads))
+    return Trajectory(
+        init=joined(lambda _, t: t.init),
+        grads=[joined(lambda _, t, i=i: t.grads[i]) for i in steps],  # type: ignore[misc]
+        params=[joined(lambda _, t, i=i: t.params[i]) for i in steps],  # type: ignore[misc]
+        options={},
+        weight_decay=0.0,
+        no_decay=[],
+        special=joined(options),
+        lrs=None,
+    )

@@ -39,46 +39,68 @@ def test_other_rules(name: str) -> None:
         assert error <= golden.TOLERANCE, impl
 
 
-@pytest.mark.slow
+#: Early sums and two directions; all in one pass.
+COMPILED = ("lans_apex", "lars_timm")
+
+
 @pytest.mark.xdist_group("compile")
-@pytest.mark.parametrize("name", golden.FAMILY)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in golden.FAMILY],
+)
 def test_other_rules_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     test_lamb(name, "compiled", monkeypatch)
 
 
-def _replay(rank: int, group: Any) -> dict[str, Any]:
-    """Worst error of each file, impl and stage, and a digest of the final params."""
+#: File, impl and ZeRO stage.
+Case = tuple[str, str, int]
+ALL_TOGETHER = "all together"
+EVERY_CASE: list[Case] = [
+    *((name, impl, stage) for name in golden.NAMES for impl in IMPLS for stage in (1, 2)),
+    *((name, impl, 2) for name in golden.FAMILY for impl in ("foreach", "compiled")),
+    *((ALL_TOGETHER, impl, 1) for impl in IMPLS),
+]
+SOME_CASES: list[Case] = [
+    (ALL_TOGETHER, "foreach", 2),
+    ("optax_v5_masked_clip", "reference", 1),
+    ("apex_l2_noavg", "foreach", 2),
+]
+
+
+def _replay(rank: int, group: Any, cases: list[Case]) -> dict[Case, tuple[float, str]]:
+    """Worst error of each case, and a digest of the final params."""
     found = {}
-    for name in golden.ALL:
-        trajectory = golden.Trajectory.load(name).with_spare_bits(2)
-        of_lamb = name in golden.NAMES
-        for impl in IMPLS if of_lamb else ("foreach",):
-            for stage in (1, 2) if of_lamb else (2,):
-                params: dict[str, Any] = {}
+    for name, impl, stage in cases:
+        together = name == ALL_TOGETHER
+        trajectory = golden.all_together() if together else golden.Trajectory.load(name)
+        trajectory = trajectory.with_spare_bits(2)
+        options: dict[str, Any] = {"impl": impl, "stage": stage, **trajectory.options}
+        params: dict[str, Any] = {}
 
-                def make(
-                    groups: Any,
-                    params: dict[str, Any] = params,
-                    impl: str = impl,
-                    stage: int = stage,
-                    options: dict[str, Any] = trajectory.options,
-                ) -> ShardedLamb:
-                    params.update((n, p) for g in groups for n, p in g["params"])
-                    return ShardedLamb(
-                        groups, impl=impl, stage=stage, process_group=group, **options
-                    )
+        def make(
+            groups: Any, params: dict[str, Any] = params, options: dict[str, Any] = options
+        ) -> ShardedLamb:
+            params.update((n, p) for g in groups for n, p in g["params"])
+            return ShardedLamb(groups, process_group=group, **options)
 
-                error = trajectory.worst_error(make)
-                found[f"{name} {impl} {stage}"] = (error, models.digest(params))
+        error = trajectory.worst_error(make)
+        found[name, impl, stage] = (error, models.digest(params))
     return found
 
 
 @pytest.mark.xdist_group("distributed")
-def test_sharded_at_every_world_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(SOME_CASES, id="some"),
+        pytest.param(EVERY_CASE, id="every", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_sharded_at_every_world_size(tmp_path: Path, cases: list[Case]) -> None:
     """Within the bound at W = 1, 2, 3, 4, and with the same final bits at all of them."""
-    ranks = run_ranks(4, tmp_path, each_world, _replay)
+    ranks = run_ranks(4, tmp_path, each_world, _replay, cases, timeout=1700)
     expected = ranks[0][1]
-    assert len(expected) == len(golden.NAMES) * len(IMPLS) * 2 + len(golden.FAMILY)
+    assert list(expected) == cases
     for rank, worlds in enumerate(ranks):
         assert sorted(worlds) == [w for w in WORLDS if rank < w]
         for world, run in worlds.items():
@@ -96,4 +118,5 @@ def test_files_are_all_there() -> None:
         "optax_v5_masked_clip",
         "timm_trust_clip",
     ]
+    assert len(golden.all_together().init) == 6 * 20
     assert torch.isfinite(golden.Trajectory.load("optax_v5").params[-1]["emb.weight"]).all()

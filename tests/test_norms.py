@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_lamb.norms import DTensorNorms, FlatNorms, LocalNorms
+from dist_lamb.norms import DTensorNorms, FlatNorms
 from dist_lamb.sharding.comm import Comm
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -73,7 +73,7 @@ def _two_by_two(rank: int, world: int) -> None:
     # the flag of one rank alone reaches all
     flag = torch.tensor([float(rank == 3)], dtype=torch.float64)
     assert torch.equal(
-        norms.over_all(torch.cat([sums, flag])),
+        norms.over_all(torch.cat([sums, flag]), None)[0],
         torch.stack([want.sum(), torch.ones((), dtype=torch.float64)]),
     )
 
@@ -95,8 +95,11 @@ def _one_axis(rank: int, world: int) -> None:
         )  # all params add up over the same ranks
         mine = torch.tensor([[rank + 1.0, 1.0], [10.0 * rank, 0.0]], dtype=torch.float64)
         assert norms.per_param(mine).tolist() == [[6.0, 3.0], [30.0, 0.0]]
-        total = norms.over_all(torch.tensor([rank + 1.0, float(rank == 1)], dtype=torch.float64))
+        flagged = torch.tensor([rank + 1.0, float(rank == 1)], dtype=torch.float64)
+        total, early = norms.over_all(flagged, torch.full((2, 3), 10.0**rank, dtype=torch.float64))
         assert total.tolist() == [6.0, 1.0]
+        assert early is not None
+        assert early.tolist() == [[111.0] * 3] * 2
 
 
 def test_sums_over_one_axis(tmp_path: Path) -> None:
@@ -106,8 +109,8 @@ def test_sums_over_one_axis(tmp_path: Path) -> None:
 def test_whole_tensors_have_nothing_to_add() -> None:
     sums = torch.ones(3, 2, dtype=torch.float64)
     norms: Any
-    for norms in (LocalNorms(), FlatNorms(Comm()), DTensorNorms([torch.ones(2), torch.ones(3)])):
+    for norms in (FlatNorms(Comm()), DTensorNorms([torch.ones(2), torch.ones(3)])):
         assert norms.local
         assert norms.reduction_groups(torch.device("cpu")) is None
         assert torch.equal(norms.per_param(sums.clone()), sums)
-        assert norms.over_all(torch.tensor([4.0, 0.0])).tolist() == [4.0, 0.0]
+        assert norms.over_all(torch.tensor([4.0, 0.0]), None)[0].tolist() == [4.0, 0.0]

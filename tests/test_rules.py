@@ -8,11 +8,17 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch.distributed as dist
+from checkpoint_cases import module_of
+from dtensor_cases import How, assert_same, everything, placed
 from ranks import WORLDS, each_world, run_ranks
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from dist_lamb import Lamb, ShardedLamb, preset, rules
+from dist_lamb import Lamb, ShardedLamb, checkpoint, preset, rules
+from dist_lamb.checkpoint.cli import main
 
 NAMES = tuple(rules.RULES)
 
@@ -62,31 +68,137 @@ def test_rules_in_one_optimizer_are_those_of_their_own(impl: str) -> None:
                 assert torch.equal(one.param_norms()[name], optimizer.param_norms()[name]), name
 
 
-def _train(rank: int, group: Any) -> tuple[str, int]:
-    params = make()
-    optimizer = ShardedLamb(
-        groups(params, lr=0.02, max_grad_norm=1e3), process_group=group, bucket_numel=2**12
-    )
-    for step in range(3):
-        gradients(params, step)
-        with CommDebugMode() as counted:
-            optimizer.step()
-        optimizer.zero_grad()
-    reductions = sum(n for op, n in counted.get_comm_counts().items() if "allreduce_" in str(op))
+def _reductions(optimizer: Any) -> int:
+    """All-reduces of one step; CommDebugMode counts calls of the library by name."""
+    with CommDebugMode() as counted:
+        optimizer.step()
+    return sum(n for op, n in counted.get_comm_counts().items() if "allreduce_" in str(op))
+
+
+def _shard(params: dict[str, nn.Parameter], group: Any, **options: Any) -> ShardedLamb:
+    own = groups(params, lr=0.02, max_grad_norm=1e3, **options)
+    return ShardedLamb(own, process_group=group, bucket_numel=2**12)
+
+
+def _bits(params: dict[str, nn.Parameter], optimizer: ShardedLamb) -> str:
     full = optimizer.full_optimizer_state_dict()["state"]
     found = {n: p.detach() for n, p in params.items()}
     found |= {f"{i} {n}": t for i, state in full.items() for n, t in state.items()}
-    return models.digest(found), reductions
+    return models.digest(found)
 
 
-def test_rules_together_at_every_world_size(tmp_path: Path) -> None:
-    """The same bits; and two all-reduces, whatever the number of rules and params."""
-    ranks = run_ranks(max(WORLDS), tmp_path, each_world, _train)
-    bits, _ = ranks[0][1]
-    for worlds in ranks:
+def _sharded(rank: int, group: Any, folder: str) -> tuple[str, int]:
+    """Bits after three steps of ShardedLamb; all-reduces a step."""
+    params, world = make(), dist.get_world_size(group)
+    optimizer = _shard(params, group)
+    for step in range(3):
+        gradients(params, step)
+        reductions = _reductions(optimizer)
+        optimizer.zero_grad()
+        if step == 1:
+            module = module_of(dict(params))
+            checkpoint.save(f"{folder}/{world}", step, module, optimizer, process_group=group)
+    bits = _bits(params, optimizer)
+    if world > 1:  # what one rank less has saved goes on here
+        saved, params = f"{folder}/{world - 1}", make()
+        optimizer, module = _shard(params, group), module_of(dict(params))
+        for p in params.values():
+            p.data.zero_()
+        checkpoint.load(saved, module, optimizer, process_group=group)
+        gradients(params, 2)
+        optimizer.step()
+        assert _bits(params, optimizer) == bits
+        other = _shard(params, group, rule="stable_adamw", amsgrad=False)
+        with pytest.raises(checkpoint.CheckpointError, match=r"group 2 was saved under .*lamb_ada"):
+            checkpoint.load(saved, module, other, options="own", process_group=group)
+    for value in (0.0, 1.0):  # of rank 0, which counts
+        w = nn.Parameter(torch.full((4, 4), value if rank == 0 else 1.0 - value))
+        _step_adamh(ShardedLamb([("w", w)], process_group=group, **ADAMH), zero=not value)
+    return bits, reductions
+
+
+def _lamb(
+    mesh: DeviceMesh | None = None, how: How = lambda n, t: None
+) -> tuple[dict[str, Tensor], int]:
+    """Everything after three steps of Lamb, on DTensors if there is a mesh; all-reduces a step."""
+
+    def put(n: str, t: Any) -> Any:
+        return t if mesh is None else placed(t, mesh, how(n, t))
+
+    whole = make()
+    params = {n: nn.Parameter(put(n, p)) for n, p in whole.items()}
+    optimizer = Lamb(groups(params, lr=0.02, max_grad_norm=1e3))
+    for step in range(3):
+        gradients(whole, step)
+        for n, p in whole.items():
+            params[n].grad = put(n, p.grad)
+        reductions = _reductions(optimizer)
+    found = everything(dict(params), optimizer)
+    for kind, norms in (("x", optimizer.param_norms()), ("u", optimizer.update_norms())):
+        found |= {f"{n} {kind}": t for n, t in norms.items()}
+    return found, reductions
+
+
+ADAMH: dict[str, Any] = {"rule": "adamh", "lr": 0.1}
+
+
+def _step_adamh(optimizer: Lamb | ShardedLamb, zero: bool) -> None:
+    """Zeros are refused at the first step, on all ranks; and nothing is changed."""
+    (p,) = optimizer.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    if not zero:
+        optimizer.step()
+        return
+    with pytest.raises(ValueError, match="w is zero: under this rule"):
+        optimizer.step()
+    assert not optimizer.state.get(p)
+
+
+def _on_meshes(world: int, expected: dict[str, Tensor]) -> dict[str, int]:
+    """All-reduces a step of Lamb."""
+    one = init_device_mesh("cpu", (world,))
+    two = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    cases: dict[str, tuple[DeviceMesh, How]] = {
+        "FSDP2": (one, lambda n, t: [Shard(0)]),
+        "beside plain tensors": (one, lambda n, t: [Shard(1)] if n in NAMES[::2] else None),
+        "HSDP": (two, lambda n, t: [Replicate(), Shard(0)]),
+        "FSDP x TP": (two, lambda n, t: [Shard(0), Shard(1)]),
+    }
+    counts = {}
+    for case, (mesh, how) in cases.items():
+        found, counts[case] = _lamb(mesh, how)
+        assert_same(found, expected, case)
+        w = torch.zeros(9, 9)
+        for last in (0.0, 1.0):  # an element of the last rank
+            w[-1, -1] = last
+            p = nn.Parameter(placed(w, mesh, how(NAMES[0], w)))
+            _step_adamh(Lamb([("w", p)], **ADAMH), zero=not last)
+    return counts
+
+
+def _engines(rank: int, world: int, expected: dict[str, Tensor], folder: str) -> Any:
+    return each_world(rank, world, _sharded, folder), _on_meshes(world, expected)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_rules_together_in_every_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same bits at every world size, and on DTensors as on whole tensors; one all-reduce a mesh
+    axis for late sums and one for early ones, whatever the number of rules and params. And through
+    checkpoints, which name the rules."""
+    expected, _ = _lamb()
+    ranks = run_ranks(max(WORLDS), tmp_path, _engines, expected, str(tmp_path / "run"))
+    bits, _ = ranks[0][0][1]
+    for worlds, on_meshes in ranks:
         for world, (digest, reductions) in worlds.items():
             assert digest == bits, world
             assert reductions == (0 if world == 1 else 2), world
+        assert on_meshes == {
+            "FSDP2": 2, "beside plain tensors": 2, "HSDP": 2, "FSDP x TP": 4,
+        }  # fmt: skip
+    assert main(["inspect", str(tmp_path / "run" / "3")]) == 0
+    told = capsys.readouterr().out
+    assert all(f"parameter group {i}: 1 params, rule={n}," in told for i, n in enumerate(NAMES))
+    assert "optimizer.amsgrad.max_exp_avg_sq" in told
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -183,6 +295,9 @@ def test_a_zero_matrix_has_no_norm_to_keep() -> None:
     optimizer = Lamb([("w", nn.Parameter(torch.ones(3, 3)))], rule="adamh")
     with pytest.raises(ValueError, match="w is zero"):
         optimizer.add_param_group({"params": [("w", zero)]})
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].zero_()
+    _step_adamh(optimizer, zero=True)
 
 
 @pytest.mark.parametrize("name", ["lans", "lars", "lars_optax", "adamh", "mlperf"])

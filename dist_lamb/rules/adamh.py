@@ -28,7 +28,7 @@ def scales(h: Hyperparameters, t: Array, early: Array, late: Array, numel: Array
     ratio = radius / where(u_norm < 1e-10, 1e-10, u_norm)
     s = h.lr * ratio
     y_sq = x_sq - 2.0 * s * xu + s * s * u_sq
-    # A zero tensor gives NaN: it could never move, and where the host sees one it is refused.
+    # A zero tensor would give NaN: it could never move, and is refused before its first step.
     kept = radius / sqrt(y_sq)
     return ratio, 1.0 - kept, s * kept
 
@@ -47,5 +47,8 @@ ADAMH = Rule(
     sums=sums,
     scales=scales,
     shrinks=True,
-    refuses_zeros=True,
+    zeros=(
+        "under this rule a tensor keeps its norm and could never move; put it into a group with "
+        "rule='adamw', or initialize it"
+    ),
 )

@@ -68,8 +68,8 @@ class Rule:
     reads_grad: bool = False
     #: what is wrong with a group's options together, or None
     problem: Callable[[Mapping[str, Any]], str | None] = lambda group: None
-    #: whether a tensor of zeros could never move
-    refuses_zeros: bool = False
+    #: why a tensor of zeros is refused, if it is, and the way out
+    zeros: str | None = None
     #: the same rule under ``amsgrad=True``, which has one state more
     amsgrad: Rule | None = None
 

@@ -331,8 +331,8 @@ class FlatBuffers:
             for kind, bank in self.banks.items():
                 mine = [e for e in self._extents if self._kind(e.bucket) == kind]
                 rows = [rows_of(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
-                at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
-                self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
+                of, row = (torch.tensor(v).to(self.device) for v in ([e.param for e in mine], rows))
+                self._first_tiles.append((of.long(), bank.grads, row.long() // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
         for params, grads, at in self._first_tiles:
             first = grads[at, 0]

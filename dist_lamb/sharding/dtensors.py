@@ -99,9 +99,14 @@ class Axis(NamedTuple):
     device_type: str  # of the mesh: what the group's backend takes
 
 
+def elsewhere(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor on a mesh of other ranks: this one has no piece of it."""
+    return isinstance(t, DTensor) and t.device_mesh.get_coordinate() is None
+
+
 def cut_axes(t: Tensor) -> Iterator[Axis]:
     """The axes over which sums over this rank's piece of ``t`` must be added up."""
-    if not isinstance(t, DTensor) or t.device_mesh.get_coordinate() is None:
+    if not isinstance(t, DTensor) or elsewhere(t):
         return
     mesh = t.device_mesh
     for axis, placement in enumerate(t.placements):
