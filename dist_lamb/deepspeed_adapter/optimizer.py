@@ -165,9 +165,7 @@ class DeepSpeedLamb(LambBase):
 
     def _not_stepped(self, backwards: int) -> None:
         """Warn if nobody will call ``step()``: from backward, until it was called."""
-        param = self._originals[0].param if self._originals else None
-        held = any(t is param for group in self.param_groups for t in group["params"])
-        if not (param is not None and held and taken_by_zero(param)) and backwards < MANY:
+        if not self._another_trains() and backwards < MANY:
             return
         self._arrivals.unused = None
         warnings.warn(
@@ -178,6 +176,18 @@ class DeepSpeedLamb(LambBase):
             "name it in the config",
             stacklevel=2,
         )
+
+    def _another_trains(self) -> bool:
+        """Whether DeepSpeed has given the params to another optimizer, as far as can be told."""
+        for _, _, p, _ in self._originals:
+            # ZeRO-1 and 2 leave it on what this rank has a part of. Param groups tell nothing:
+            # Accelerate puts ours into the optimizer that it takes instead.
+            zero: Any = getattr(p, "_z3_optimizer", None) or getattr(p, "_zero_optimizer", None)
+            if zero is not None:
+                return zero.optimizer is not self
+        # BF16_Optimizer leaves none.
+        held = {id(t) for group in self.param_groups for t in group["params"]}
+        return any(id(p) in held and taken_by_zero(p) for _, _, p, _ in self._originals)
 
     def _count_skipped(
         self, part: PartitionStep, live: Mapping[int, dict[str, Any]], overflow: Tensor
