@@ -234,7 +234,9 @@ def _pipeline_and_a_norm_of_ones_own(rank: int, world: int) -> None:
     for options in ({"max_grad_norm": 0.01}, {"nonfinite": "skip"}):
         engine = pipeline_engine(**options)
         engine.basic_optimizer.bind(engine)
-        with pytest.raises(RuntimeError, match=r"with pipeline stages \(tied.*Set gradient_clipping"):
+        with pytest.raises(
+            RuntimeError, match=r"with pipeline stages \(tied.*Set gradient_clipping"
+        ):
             pipelined(engine)
     engine = pipeline_engine()
     start = [p.detach().clone() for p in gathered(engine, world)]

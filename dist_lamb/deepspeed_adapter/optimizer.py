@@ -44,8 +44,9 @@ class DeepSpeedLamb(LambBase):
 
     A param without gradient on every rank is left alone, though DeepSpeed fills in zeros for it.
     The state lies where DeepSpeed keeps it: ``state[t]`` of the tensors in its param groups has
-    ``exp_avg`` and ``exp_avg_sq`` like ``t`` and one ``step``; the params' own step counts are
-    ``param_groups[i]["param_steps"]``, float32 [params of the group].
+    the rule's states, like ``t``, and one ``step``; the params' own step counts are
+    ``param_groups[i]["param_steps"]``, float32 [params of the group]. DeepSpeed's universal
+    checkpoints take ``exp_avg`` and ``exp_avg_sq`` only; :meth:`full_optimizer_state_dict` has all.
 
     Clip with DeepSpeed's ``gradient_clipping``, or with ``max_grad_norm``, not with both.
 
@@ -409,8 +410,16 @@ class DeepSpeedLamb(LambBase):
                 f"loaded groups of {[len(g['params']) for g in groups]} params, this optimizer has "
                 f"groups of {sizes}"
             )
-        for group in groups:
-            options.check_group({**self.defaults, **options.owned(group)})
+        for i, (group, own) in enumerate(zip(groups, self.param_groups)):
+            defaults = {**self.defaults, **options.owned(own)}
+            whole_group = options.completed(options.owned(group), defaults)
+            options.check_group(whole_group)
+            other, rule = rules.of(whole_group), rules.of(own)
+            if other is not rule:
+                raise ValueError(
+                    f"loaded param group {i} is of rule {other.name!r} with {list(other.states)}, "
+                    f"this optimizer's is of {rule.name!r} with {list(rule.states)}"
+                )
         ids = [i for group in groups for i in group["params"]]
         whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
         for o in self._originals:
