@@ -68,6 +68,8 @@ EXACT |= {
     ),
     "2 lans by name, ungrouped": Case(2, by_name=True, ungrouped=True, options={"rule": "lans"}),
     "3 lars by name": Case(**UNCLIPPED_3, rules=("lars",), by_name=True),
+    "2 bfloat16 states": Case(2, clip=0.0, options={"state_format": "bfloat16"}),
+    "3 bfloat16 states": Case(**UNCLIPPED_3, options={"state_format": "bfloat16"}),
 }
 NAIVE = {f"{stage} naive": Case(stage, naive=True, absent_at={}) for stage in (1, 2, 3)}
 
@@ -76,6 +78,7 @@ ON_TWO = (
     *("1 by name, offloaded", "3 by name, zero.Init, ungrouped", "3 offloaded", "2 accumulated"),
     *("3 frozen", "2 max_grad_norm", "3 max_grad_norm", "1 naive", "2 naive"),
     *("1 rules", "2 rules by name", "3 rules by name, sub-groups"),
+    *("2 bfloat16 states", "3 bfloat16 states"),
 )
 ON_THREE = (
     *("1 by name, lr schedule", "2 by name, offloaded, ungrouped", "3 by name, offloaded"),
