@@ -144,6 +144,14 @@ class Case:
         mean = models.mean_gradients(values, t, absent)
         return models.rank_gradients(mean, rank, world, t)
 
+    def mean(self, each: Sequence[Tensor]) -> Tensor:
+        """Over ranks, as DeepSpeed forms it. ZeRO-1 and 2 divide in the model's dtype first, and
+        an element whose mean is 0 is not 0 then at 3 ranks: Adam's quotient makes a step of it."""
+        first = self.stage in (1, 2) and "data_types" not in self.config
+        if first and self.dtype != "fp32":
+            return torch.stack([(g / len(each)).float() for g in each]).sum(0).to(each[0].dtype)
+        return sum(each[1:], each[0]) / len(each)
+
     def lr_factor(self, t: int) -> float:
         return 1.0 / (1 + t) if self.decay_lr else 1.0
 
@@ -273,7 +281,7 @@ def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str,
             group["lr"] = OPTIONS["lr"] * case.lr_factor(t)
         each = [case.gradients(params, t, rank, world) for rank in range(world)]
         for n, p in params.items():
-            p.grad = sum(g[n] for g in each) / world if n in each[0] else None
+            p.grad = case.mean([g[n] for g in each]) if n in each[0] else None
         optimizer.step()
     ratios = {n: float(r) for n, r in optimizer.trust_ratios().items()}
     return {n: p.detach().float() for n, p in params.items()}, ratios

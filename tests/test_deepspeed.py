@@ -167,7 +167,7 @@ def test_bfloat16(tmp_path: Path, world: int, cases: dict[str, Case]) -> None:
         want, want_ratios = plain(case, world)
         got, ratios = ranks[0][name]
         error = worst_error(got, want)
-        if case.absent_at:
+        if case.absent_at and world == 2:  # see Case.mean
             stage_0 = worst_error(got, ranks[0]["0"][0])
             print(f"bf16 {name}: {error:.1e} from Lamb, {stage_0:.1e} from stage 0")
             assert stage_0 < 2**-7, name
