@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import models
@@ -21,6 +21,11 @@ from dist_lamb.deepspeed_marks import GivenParams
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {"lr": 0.02}
+#: of groups of rules that would hardly move otherwise
+OF_RULE: dict[str, dict[str, Any]] = {
+    "lars": {"trust_coefficient": 0.5},
+    "lars_optax": {"trust_coefficient": 0.5},
+}
 Values = dict[str, Tensor]
 
 
@@ -88,6 +93,8 @@ class Case:
     #: made by DeepSpeed, of what its JSON says, from param groups or from all params of the model
     by_name: bool = False
     ungrouped: bool = False
+    #: param groups of these, one each; JSON names the first one
+    rules: Sequence[str] = ()
     #: the model is float32 until DeepSpeed converts it
     convert: bool = False
 
@@ -110,13 +117,22 @@ class Case:
             register()
             made.pop("zero_allow_untested_optimizer")
             made.pop("zero_force_ds_cpu_optimizer", None)
-            params = {**OPTIONS, **self.options}
+            params = {**OPTIONS, **self.options, **dict(zip(("rule",), self.rules))}
             if self.ungrouped:
                 params |= {"weight_decay": 0.05, "no_decay_1d": True}
             made["optimizer"] = {"type": "DeepSpeedLamb", "params": params}
         return json.loads(json.dumps(made | dict(self.config)))
 
     def groups(self, params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        if self.rules:
+            named = list(params.items())
+            groups = [
+                {"params": named[i :: len(self.rules)], "rule": rule, **OF_RULE.get(rule, {})}
+                for i, rule in enumerate(self.rules)
+            ]
+            if self.by_name:
+                del groups[0]["rule"]
+            return groups
         groups = models.groups_of(params)
         if self.ungrouped:
             groups[1].pop("trust_clip")
@@ -127,6 +143,14 @@ class Case:
         absent = (*self.absent, *self.absent_at.get(t, ()), *self.frozen)
         mean = models.mean_gradients(values, t, absent)
         return models.rank_gradients(mean, rank, world, t)
+
+    def mean(self, each: Sequence[Tensor]) -> Tensor:
+        """Over ranks, as DeepSpeed forms it. ZeRO-1 and 2 divide in the model's dtype first, and
+        an element whose mean is 0 is not 0 then at 3 ranks: Adam's quotient makes a step of it."""
+        first = self.stage in (1, 2) and "data_types" not in self.config
+        if first and self.dtype != "fp32":
+            return torch.stack([(g / len(each)).float() for g in each]).sum(0).to(each[0].dtype)
+        return sum(each[1:], each[0]) / len(each)
 
     def lr_factor(self, t: int) -> float:
         return 1.0 / (1 + t) if self.decay_lr else 1.0
@@ -156,7 +180,7 @@ class Run:
         params = model.params()
         for name in case.frozen:
             params[name].requires_grad_(False)
-        groups = models.groups_of(self.start)
+        groups = case.groups(self.start)
         for group in groups:
             group["params"] = [(n, params[n]) for n, _ in group["params"]]
         made: Any = None
@@ -251,13 +275,13 @@ def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str,
     params = {n: nn.Parameter(v.clone()) for n, v in start_values(dtype).items()}
     options = {**OPTIONS, **case.options}
     options.setdefault("max_grad_norm", case.clip)
-    optimizer = Lamb(case.groups(params), **options)
+    optimizer = Lamb(replace(case, by_name=False).groups(params), **options)
     for t in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = OPTIONS["lr"] * case.lr_factor(t)
         each = [case.gradients(params, t, rank, world) for rank in range(world)]
         for n, p in params.items():
-            p.grad = sum(g[n] for g in each) / world if n in each[0] else None
+            p.grad = case.mean([g[n] for g in each]) if n in each[0] else None
         optimizer.step()
     ratios = {n: float(r) for n, r in optimizer.trust_ratios().items()}
     return {n: p.detach().float() for n, p in params.items()}, ratios

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,15 +56,17 @@ def batch() -> dict[str, Tensor]:
     return {"ids": ids, "labels": (ids * 3 + 1) % 11}
 
 
-def by_hand(optimizer: Any = Lamb, **more: Any) -> dict[str, Tensor]:
-    model = Tagger()
+def by_hand(
+    optimizer: Any = Lamb, dtype: torch.dtype = torch.float32, **more: Any
+) -> dict[str, Tensor]:
+    model = Tagger().to(dtype)
     groups = param_groups(model, WEIGHT_DECAY)
     opt = optimizer(groups, lr=LR, eps=1e-8, **more)
     for _ in range(STEPS):
         model(**batch())["loss"].backward()
         opt.step()
         opt.zero_grad()
-    return {n: p.detach() for n, p in model.named_parameters()}
+    return {n: p.detach().float() for n, p in model.named_parameters()}
 
 
 def whole(model: nn.Module, stage: int) -> dict[str, Tensor]:
@@ -72,10 +75,12 @@ def whole(model: nn.Module, stage: int) -> dict[str, Tensor]:
     params = dict(model.named_parameters())
     gathered = deepspeed.zero.GatheredParameters(list(params.values()))
     with gathered if stage == 3 else nullcontext():
-        return {n: p.detach().clone() for n, p in params.items()}
+        return {n: p.detach().float().clone() for n, p in params.items()}
 
 
-def config_of(stage: int, *, named: bool, offload: bool = False) -> dict[str, Any]:
+def config_of(
+    stage: int, *, named: bool, offload: bool = False, bf16: bool = False
+) -> dict[str, Any]:
     """As users of the Trainer write it."""
     zero: dict[str, Any] = {"stage": stage}
     if offload:
@@ -86,6 +91,8 @@ def config_of(stage: int, *, named: bool, offload: bool = False) -> dict[str, An
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
     }
+    if bf16:
+        config |= {"bf16": {"enabled": True}, "communication_data_type": "fp32"}
     if named:
         auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
         config["optimizer"] = {"type": "DeepSpeedLamb", "params": {**auto, "no_decay_1d": True}}
@@ -114,6 +121,7 @@ def trainer(config: dict[str, Any], folder: str, **more: Any) -> Any:
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=CLIP,
         deepspeed=config,
+        bf16="bf16" in config,
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
@@ -131,6 +139,8 @@ def trainer(config: dict[str, Any], folder: str, **more: Any) -> Any:
 
 
 def _trainers(rank: int, world: int, folder: str) -> list[str]:
+    import transformers
+
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)
     launched(rank, world)
@@ -156,6 +166,14 @@ def _trainers(rank: int, world: int, folder: str) -> list[str]:
             error = worst_error(whole(resumed.model, stage), wanted)
             found.append(f"Trainer {name}, resumed: {error:.1e}")
             assert error < 1e-5, found[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        # which Trainer takes on GPUs only
+        patch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+        done = trainer(config_of(2, named=True, bf16=True), f"{folder}/bf16")
+    done.train()
+    error = worst_error(whole(done.model, 2), by_hand(dtype=torch.bfloat16, max_grad_norm=CLIP))
+    found.append(f"Trainer 2 named bf16: {error:.1e}")
+    assert error < 2**-7, found[-1]
     # An instance is dropped without a word by the Trainer, and AdamW trains.
     model = Tagger()
     made = DeepSpeedLamb(param_groups(model, WEIGHT_DECAY), lr=LR)
@@ -179,6 +197,8 @@ def test_trainer(tmp_path: Path) -> None:
 def _accelerated(rank: int, world: int, folder: str) -> list[str]:
     import accelerate
     from accelerate.utils import DeepSpeedPlugin, DummyOptim
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
 
     launched(rank, world)
     register()
@@ -227,10 +247,24 @@ def _accelerated(rank: int, world: int, folder: str) -> list[str]:
             train(accelerator, again, STEPS - 2)
             error = worst_error(whole(again.module, stage), wanted)
             assert error < 1e-5, (name, "resumed", error)
+    accelerator, model = prepared(config_of(3, named=True, bf16=True), False)
+    train(accelerator, model, STEPS)
+    error = worst_error(whole(model.module, 3), by_hand(dtype=torch.bfloat16, max_grad_norm=CLIP))
+    found.append(f"Accelerate 3 named bf16: {error:.1e}")
+    assert error < 2**-7, found[-1]
     # It replaces an instance when offloading, if DeepSpeed's config does not forbid it.
     config = config_of(2, named=False, offload=True)
     del config["zero_force_ds_cpu_optimizer"]
     assert any("Accelerate replaces" in line for line in check_config(config))
+    compiled = Mock()
+    with pytest.MonkeyPatch.context() as patch:
+        # its Adam, without waiting for a C++ compiler
+        patch.setattr(CPUAdamBuilder, "load", lambda _: compiled)
+        accelerator, model = prepared(config, True)
+        with pytest.warns(UserWarning, match=r"step\(\) is never called.*Accelerate replaces it"):
+            train(accelerator, model, 1)
+        assert type(model.basic_optimizer) is DeepSpeedCPUAdam
+        assert compiled.adam_update.called
     fresh_accelerate()
     return found
 

@@ -52,6 +52,8 @@ def _traps(rank: int, world: int, folder: str) -> None:
         check(rank, world)
         dist.barrier()
     _lrs_through_a_universal_checkpoint(rank, world, folder)
+    # at the end: DeepSpeed keeps a pipeline's groups for whatever is made after it
+    _pipeline_and_a_norm_of_ones_own(rank, world)
 
 
 def test_traps(tmp_path: Path) -> None:
@@ -155,10 +157,14 @@ def drift(engine: Any, rank: int) -> float:
     for _ in range(3):
         engine.backward(engine(torch.randn(16, 6, generator=generator) * (1 + 5 * rank)))
         engine.step()
-    mine = engine.module.dense.weight.detach().clone()
-    first = mine.clone()
+    return parted(engine.module.dense.weight)
+
+
+def parted(p: Tensor) -> float:
+    """How far what ranks should have alike differs between them."""
+    first = p.detach().clone()
     dist.broadcast(first, 0)
-    worst = (mine - first).abs().max()
+    worst = (p.detach() - first).abs().max()
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
 
@@ -177,6 +183,86 @@ def _experts_and_a_norm_of_ones_own(rank: int, world: int) -> None:
         patch.setattr(clipping, "_refuse_own_norm", lambda _: None)
         patch.setattr(DeepSpeedLamb, "_stage_0_group", lambda *_: None)  # experts as the rest
         assert drift(experts_engine(max_grad_norm=0.01), rank) > 1e-7
+
+
+class Ends(nn.Module):
+    """First and last layer of a pipeline, which share a weight: both stages have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T)
+
+
+def pipeline_engine(**options: Any) -> Any:
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    inner = [LayerSpec(nn.Linear, 6, 6, bias=False) for _ in range(2)]
+    ends = TiedLayerSpec("ends", Ends)
+    torch.manual_seed(0)
+    model = PipelineModule(
+        [ends, *inner, ends], num_stages=2, loss_fn=squared, partition_method="uniform"
+    )
+    config = Case(0, clip=options.pop("gradient_clipping", 0.0)).make_config()
+    optimizer = DeepSpeedLamb(model.named_parameters(), lr=0.02, eps=1e-3, **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def squared(y: Tensor, wanted: Tensor) -> Tensor:
+    return (y - wanted).square().mean()
+
+
+def pipelined(engine: Any) -> float:
+    """How far the stages' copies of the weight they share part in a few steps."""
+    for x in inputs():
+        engine.train_batch(iter([(x, x * 3)]))
+    return parted(engine.module.tied_modules["ends"].weight)
+
+
+def inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 6, generator=generator) for _ in range(3)]
+
+
+def _pipeline_and_a_norm_of_ones_own(rank: int, world: int) -> None:
+    from dist_lamb.deepspeed_adapter import clipping
+
+    for options in ({"max_grad_norm": 0.01}, {"nonfinite": "skip"}):
+        engine = pipeline_engine(**options)
+        engine.basic_optimizer.bind(engine)
+        with pytest.raises(
+            RuntimeError, match=r"with pipeline stages \(tied.*Set gradient_clipping"
+        ):
+            pipelined(engine)
+    engine = pipeline_engine()
+    start = [p.detach().clone() for p in gathered(engine, world)]
+    assert pipelined(engine) == 0
+    # the same without stages
+    params = [nn.Parameter(p) for p in start]
+    optimizer = Lamb(params, lr=0.02, eps=1e-3)
+    for x in inputs():
+        y = torch.tanh(x @ params[0].T) @ params[1].T @ params[2].T
+        squared(torch.tanh(y @ params[0].T), x * 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    got, want = gathered(engine, world), [p.detach() for p in params]
+    assert worst_error(dict(enumerate(got)), dict(enumerate(want))) < 1e-5  # type: ignore[arg-type]
+    assert pipelined(pipeline_engine(gradient_clipping=0.01)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clipping, "_refuse_own_norm", lambda _: None)
+        assert pipelined(pipeline_engine(max_grad_norm=0.01)) > 1e-3
+
+
+def gathered(engine: Any, world: int) -> list[Tensor]:
+    """The shared weight of a pipeline, and each stage's own."""
+    (own,) = (p for n, p in engine.module.named_parameters() if "tied" not in n)
+    each = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(each, own.detach())
+    return [engine.module.tied_modules["ends"].weight.detach(), *each]
 
 
 STALE = r"call engine.optimizer.refresh_fp32_params\(\)"

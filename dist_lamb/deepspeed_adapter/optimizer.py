@@ -44,8 +44,9 @@ class DeepSpeedLamb(LambBase):
 
     A param without gradient on every rank is left alone, though DeepSpeed fills in zeros for it.
     The state lies where DeepSpeed keeps it: ``state[t]`` of the tensors in its param groups has
-    ``exp_avg`` and ``exp_avg_sq`` like ``t`` and one ``step``; the params' own step counts are
-    ``param_groups[i]["param_steps"]``, float32 [params of the group].
+    the rule's states, like ``t``, and one ``step``; the params' own step counts are
+    ``param_groups[i]["param_steps"]``, float32 [params of the group]. DeepSpeed's universal
+    checkpoints take ``exp_avg`` and ``exp_avg_sq`` only; :meth:`full_optimizer_state_dict` has all.
 
     Clip with DeepSpeed's ``gradient_clipping``, or with ``max_grad_norm``, not with both.
 
@@ -170,9 +171,7 @@ class DeepSpeedLamb(LambBase):
 
     def _not_stepped(self, backwards: int) -> None:
         """Warn if nobody will call ``step()``: from backward, until it was called."""
-        param = self._originals[0].param if self._originals else None
-        held = any(t is param for group in self.param_groups for t in group["params"])
-        if not (param is not None and held and taken_by_zero(param)) and backwards < MANY:
+        if not self._another_trains() and backwards < MANY:
             return
         self._arrivals.unused = None
         warnings.warn(
@@ -183,6 +182,18 @@ class DeepSpeedLamb(LambBase):
             "name it in the config",
             stacklevel=2,
         )
+
+    def _another_trains(self) -> bool:
+        """Whether DeepSpeed has given the params to another optimizer, as far as can be told."""
+        for _, _, p, _ in self._originals:
+            # ZeRO-1 and 2 leave it on what this rank has a part of. Param groups tell nothing:
+            # Accelerate puts ours into the optimizer that it takes instead.
+            zero: Any = getattr(p, "_z3_optimizer", None) or getattr(p, "_zero_optimizer", None)
+            if zero is not None:
+                return zero.optimizer is not self
+        # BF16_Optimizer leaves none.
+        held = {id(t) for group in self.param_groups for t in group["params"]}
+        return any(id(p) in held and taken_by_zero(p) for _, _, p, _ in self._originals)
 
     def _count_skipped(
         self, part: PartitionStep, live: Mapping[int, dict[str, Any]], overflow: Tensor
@@ -405,8 +416,16 @@ class DeepSpeedLamb(LambBase):
                 f"loaded groups of {[len(g['params']) for g in groups]} params, this optimizer has "
                 f"groups of {sizes}"
             )
-        for group in groups:
-            options.check_group({**self.defaults, **options.owned(group)})
+        for i, (group, own) in enumerate(zip(groups, self.param_groups)):
+            defaults = {**self.defaults, **options.owned(own)}
+            whole_group = options.completed(options.owned(group), defaults)
+            options.check_group(whole_group)
+            other, rule = rules.of(whole_group), rules.of(own)
+            if other is not rule:
+                raise ValueError(
+                    f"loaded param group {i} is of rule {other.name!r} with {list(other.states)}, "
+                    f"this optimizer's is of {rule.name!r} with {list(rule.states)}"
+                )
         ids = [i for group in groups for i in group["params"]]
         whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
         for o in self._originals:

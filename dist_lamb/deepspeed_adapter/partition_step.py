@@ -129,8 +129,13 @@ class PartitionStep:
         ``live`` are the param groups, ``steps`` all originals' counts, ``loss_scaling`` what
         torch.amp.GradScaler set on the optimizer, under DeepSpeed's torch_autocast.
         """
-        if self._options.read([live[i] for i in self.group_indices]).rules != self._rules:
-            raise RuntimeError("the rule of a param group has changed; make a new DeepSpeedLamb")
+        found = self._options.read([live[i] for i in self.group_indices]).rules
+        if found != self._rules:
+            raise RuntimeError(
+                f"DeepSpeedLamb was made with the rules {[r.name for r in self._rules]}, and its "
+                f"param groups say {[r.name for r in found]} by now: changed, or loaded with a "
+                "checkpoint of others. Make a new one"
+            )
         self._formats = {i: Formats.of(live[i]) for i in self.group_indices}
         segments, update = self._prepare(state)
         stepped = [s for s in segments if s.grad is not None]
