@@ -46,6 +46,8 @@ _MAY_CHANGE = frozenset(
         "train.device",
         "train.max_skipped_in_a_row",
         "train.log_every",
+        "train.tensors_every",
+        "train.noise_every",
         "train.eval_every",
         "train.eval_sequences",
         "train.save_every",

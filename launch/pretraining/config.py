@@ -152,7 +152,8 @@ class OptimConfig(_Section):
     base_batch: PositiveInt
     """Sequences: the batch that lr and warm-up are meant for."""
     warmup_epochs: NonNegative | None = None
-    """Epochs at ``base_batch``; scaled by train.global_batch / base_batch (linear-epoch warm-up)."""
+    """Epochs, at ``base_batch``; scaled by train.global_batch / base_batch (linear-epoch
+    warm-up)."""
     warmup_fraction: Probability | None = None
     """Instead of ``warmup_epochs``: the share of train.steps, not scaled."""
     weight_decay: NonNegative = 0.01
@@ -418,5 +419,10 @@ def describe(hint: Any) -> str:
         return describe(args[0])
     if origin is tuple:
         return f"a list of {len(args)} values, each {describe(args[0])}"
-    names: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string"}
+    names: Mapping[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+    }
     return names.get(hint, hint.__name__)
