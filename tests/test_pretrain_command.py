@@ -101,7 +101,7 @@ def test_the_bar_fits_80_columns() -> None:
     bar.train([dataclasses.replace(row, step=1235, skipped_steps=12)])
     bar.say("a message")
     bar.close()
-    lines = re.sub(r"\x1b\[[?\w]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
+    lines = re.sub(r"\x1b\[[?\d]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("a message") for line in lines)
     (first, second) = [line for line in lines if "1235/7038" in line or "loss" in line][-2:]
