@@ -10,7 +10,8 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 ready() {
-    local base=${PYTHON:-python3} active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} home=$ROOT/.venv mark stamp
+    local base=${PYTHON:-python3} home=$ROOT/.venv stamp mark
+    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
     if "$active/bin/python" -c 'import torch' 2>/dev/null; then home=$active; fi
     home=${VENV:-$home}
     PYTHON=$home/bin/python
