@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretraining import command_line
+from pretraining import checkpoint, command_line
 from pretraining.config import SECTIONS, ConfigError, load_config
 from pretraining.engine_sharded import ShardedEngine
 from pretraining.report import LiveBar, TrainRow, Trust, summarize_trust
@@ -137,3 +137,10 @@ def test_a_comparison_is_one_option(rule: str) -> None:
     assert {group["rule"] for group in engine.optimizer.param_groups} == (
         {"adamh", "adamw"} if rule == "adamh" else {rule}
     )
+
+
+def test_a_checkpoint_older_than_a_key_has_its_default() -> None:
+    own = load_config(QUICKSTART, ["optim.rule=lars"]).as_dict()
+    older = {name: dict(values) for name, values in own.items()}
+    del older["optim"]["rule"], older["train"]["noise_every"]
+    assert checkpoint._changes(older, own) == {"optim.rule": "'lamb' -> 'lars'"}

@@ -130,7 +130,14 @@ class DeepSpeedEngine:
     def grad_norm(self) -> Tensor | None:
         """DeepSpeed's, which at stage 0 it keeps to itself."""
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm).detach().float().reshape(()).clone()
+        if norm is None:
+            return None
+        device = self._engine.device  # a number at some stages, a tensor at others
+        return (
+            torch.tensor(float(norm), device=device)
+            if isinstance(norm, float)
+            else (norm.detach().to(device, torch.float32, copy=True).reshape(()))
+        )
 
     def skipped_steps(self) -> Tensor:
         """With the steps that DeepSpeed skips itself, counted since the start of this process: 0.19
