@@ -21,7 +21,7 @@ from .kernels.segments import GRAD_SQ, Scalars
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
-from .state import MASTER, TENSOR_STATES, needs_master, restore_precision, state_like
+from .state import TENSOR_STATES, Formats, to_be_held
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
@@ -80,6 +80,8 @@ class LambBase(Optimizer):
         rule: str = "lamb",
         amsgrad: bool = False,
         nonfinite: options.Nonfinite = "propagate",
+        state_format: options.StateFormat = "float32",
+        master: options.Master = "float32",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
@@ -93,11 +95,8 @@ class LambBase(Optimizer):
             if name in options.RULE_DEFAULTS or name in options.TORCH_FLAGS
         }
         known = options.rule_named(rule).options
-        foreign.refuse_unknown(
-            type(self).__name__,
-            of_rule.keys() - known.keys(),
-            [*defaults, *known, "impl", "track_grad_norm"],
-        )
+        own = [*defaults, *known, "impl", "track_grad_norm"]
+        foreign.refuse_unknown(type(self).__name__, of_rule.keys() - known.keys(), own)
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm
         # What is as the signature has it was not asked for, so that no rule need have it.
@@ -205,6 +204,10 @@ class LambBase(Optimizer):
     def rule_of(self) -> dict[Tensor, rules.Rule]:
         """The rule of each param."""
         return {p: rules.of(group) for group in self.param_groups for p in group["params"]}
+
+    def formats_of(self) -> dict[Tensor, Formats]:
+        """How each param's states are stored."""
+        return {p: Formats.of(group) for group in self.param_groups for p in group["params"]}
 
     def _all_names(self) -> list[str]:
         return [name for group in self.named_groups() for name, _ in group]
@@ -440,8 +443,6 @@ class LambBase(Optimizer):
         """Take over the large state tensors by param; called when groups and steps are in place."""
         for p, tensors in loaded.items():
             for name, value in tensors.items():
-                local = state_like(local_of(p), piece_of(value, p))
-                if name == MASTER and not needs_master(p.dtype):
-                    restore_precision(local_of(p), local)
-                else:
+                local = to_be_held(name, piece_of(value, p), local_of(p))
+                if local is not None:
                     self.state[p][name] = wrapped(local, p)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _torch_private
 from .sharding.comm import is_dtensor
 from .sharding.dtensors import local_of, local_sharded_as
-from .state import MASTER, TENSOR_STATES
+from .state import MASTER, REMAINDER, TENSOR_STATES
 
 _DATA_PTR = Tensor.data_ptr
 _GRAD, _PARAMS = attrgetter("grad"), itemgetter("params")
@@ -62,7 +62,7 @@ class Fingerprint:
         self._like = [(g.dtype, g.stride()) for g in like]
         self._same_grads = _torch_private.guard([g.detach() for g in like])
         #: params whose writes matter; the others are what the rule reads
-        self._rounded = [p for p in stepped if MASTER in state.get(p, ())]
+        self._rounded = [p for p in stepped if {MASTER, REMAINDER} & state.get(p, {}).keys()]
         self.renew()
 
     def renew(self) -> None:

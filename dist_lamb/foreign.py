@@ -74,12 +74,13 @@ def understood(
 ) -> dict[str, Any]:
     """A state dict as this package writes it: options that it lacks are the optimizer's own.
 
+    So are the formats: loaded state is converted into them.
     apex and timm count steps by group; here every param has its own count.
     """
     state, groups = dict(state_dict["state"]), []
     for i, saved in enumerate(state_dict["param_groups"]):
         own = options.owned(own_groups[i]) if i < len(own_groups) else {}
-        group = {**own, **translated(saved)}
+        group = {**own, **translated(saved), **options.formats(own)}
         step = group.get("step")
         if isinstance(step, (int, float, Tensor)):
             for key in group["params"]:

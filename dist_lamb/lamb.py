@@ -15,18 +15,21 @@ from .fingerprint import Fingerprint
 from .kernels import Update, make_update
 from .kernels.device import capturing
 from .kernels.groups import GroupTable
-from .kernels.segments import Segment
+from .kernels.segments import Segment, segment
 from .norms import DTensorNorms, Norms
 from .rules import Rule
-from .sharding.dtensors import local_of, mismatch, placed_as, refusal, wrapped
+from .sharding.dtensors import elements_of, local_of, mismatch, placed_as, refusal, wrapped
 from .state import (
     MASTER,
+    REMAINDER,
     TENSOR_STATES,
+    Formats,
     as_laid_out,
     complete_state,
     foreign_state,
     is_dense,
     refresh_master,
+    refresh_remainder,
 )
 
 
@@ -58,6 +61,14 @@ class Lamb(LambBase):
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
             more pass over the gradients (clipping makes that pass anyway). One group that says
             "skip" makes it so for all.
+        state_format: how the rule's states are stored: ``"float32"``; ``"bfloat16"``, half the
+            memory, rounded at random so that the mean of many roundings is exact; or
+            ``"bfloat16-nearest"``, for comparison only: rounded so, ``v <- 0.999 v`` stands still.
+            What is stored is what counts, in both norms. Float64 params keep float64 states.
+        master: of bfloat16 params: ``"float32"``, or ``"remainder"``, 2 bytes a param in place of
+            4: the param is the master rounded to nearest (half away from zero), and an int16
+            ``remainder`` in the state is what the master has more. Nothing is lost by it. Float16
+            params keep float32 masters.
         track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
             ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
@@ -74,8 +85,15 @@ class Lamb(LambBase):
     that are no longer their master's rounding count; writes through ``p.data`` cannot be noticed:
     call :meth:`refresh_masters` after them. ``state[p]`` holds ``step`` (0-d float32),
     ``exp_avg``, ``exp_avg_sq`` (shaped like p), and ``master``. A param whose gradient is None is
-    left alone; gradients are never written. Groups, state and options may be edited in place
-    between steps, as in torch.optim.
+    left alone; gradients are never written. With ``master="remainder"`` a param that was written
+    to has the value written, exactly where that is zero or infinite, and else with a remainder of
+    less than a unit in its last place; to begin anew with other weights drop the state,
+    ``del opt.state[p]``.
+
+    Random bits are a hash of (element of the whole param, the param's own step): the same bits come
+    out at every number of ranks, on every mesh and in every memory format. Formats are this
+    optimizer's own: state that is loaded is converted into them, exactly where it can be. Groups,
+    state and options may be edited in place between steps, as in torch.optim.
 
     DTensors (fully_shard, parallelize_module, distribute_tensor; any mesh, uneven shards, beside
     plain tensors that all ranks have alike) are updated as the whole tensors would be: a step
@@ -115,7 +133,7 @@ class Lamb(LambBase):
         kept = self._kept
         gaps: list[tuple[Tensor, Tensor]] = []
         grads = None
-        if kept and kept.rules == self._options.rules:
+        if kept and (kept.rules, kept.formats) == (self._options.rules, self._formats()):
             grads = kept.gradients_if_valid(self.param_groups, self.state)
         if kept is None or grads is None:
             # Until it is made anew nothing that was kept may be used, whatever raises here.
@@ -130,7 +148,7 @@ class Lamb(LambBase):
             return loss
         else:
             for p in kept.fingerprint.edited():
-                refresh_master(local_of(self.state[p][MASTER]), local_of(p))
+                self._refresh(p)
             for update, positions in zip(kept.updates, kept.positions):
                 update.set_gradients(
                     [grads[k] for k in positions] if len(kept.updates) > 1 else grads
@@ -149,11 +167,22 @@ class Lamb(LambBase):
         """Take half-precision params that were written to through ``p.data`` as the new values.
 
         Elements that still are their master's rounding keep the master. Other writes are noticed.
+        Under ``master="remainder"`` every element is: see there.
         """
         for p in self._all_params():
-            master = self.state[p].get(MASTER) if p in self.state else None
-            if master is not None:
-                refresh_master(local_of(master), local_of(p).detach())
+            if p in self.state:
+                self._refresh(p)
+
+    def _refresh(self, p: Tensor) -> None:
+        state, x = self.state[p], local_of(p).detach()
+        if MASTER in state:
+            refresh_master(local_of(state[MASTER]), x)
+        if REMAINDER in state:
+            refresh_remainder(local_of(state[REMAINDER]), x)
+
+    def _formats(self) -> list[Formats]:
+        """By group."""
+        return list(map(Formats.of, self.param_groups))
 
     def _prepare(
         self, stepped: list[tuple[int, Tensor]]
@@ -168,18 +197,19 @@ class Lamb(LambBase):
             # Counters and norms belong to params, not to positions.
             self._known, self._counters, self._norms = params, {}, DTensorNorms(params)
         assert self._norms is not None
-        rules = [
-            rule
-            for rule, group in zip(self._options.rules, self.param_groups)
-            for _ in group["params"]
-        ]
+        rules, formats = self._options.rules, self._formats()
+        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         # Params that were stepped before stay: gradients may come and go.
         chosen = {i for i, _ in stepped} | {
             i
             for i, p in enumerate(params)
-            if next(iter(rules[i].states)) in self.state.get(p, ()) and is_dense(local_of(p))
+            if next(iter(rules[group_of[i]].states)) in self.state.get(p, ())
+            and is_dense(local_of(p))
         }
-        segments = [self._segment(i, params[i], rules[i]) for i in sorted(chosen)]
+        segments = [
+            self._segment(i, params[i], rules[group_of[i]], formats[group_of[i]])
+            for i in sorted(chosen)
+        ]
         by_device: dict[torch.device, list[int]] = {}
         for k, s in enumerate(segments):
             by_device.setdefault(s.x.device, []).append(k)
@@ -195,9 +225,7 @@ class Lamb(LambBase):
         ]
         own = [params[s.param] for s in segments]
         fingerprint = Fingerprint(self.param_groups, self.state, own, [s.grad for s in segments])
-        kept = _Kept(
-            fingerprint, updates, list(by_device.values()), self._norms, self._options.rules
-        )
+        kept = _Kept(fingerprint, updates, list(by_device.values()), self._norms, rules, formats)
         dense = [(local_of(p), s.x if s.copy is None else s.copy) for p, s in zip(own, segments)]
         gaps = [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
         in_place = all(
@@ -210,7 +238,7 @@ class Lamb(LambBase):
             self._kept = kept
         return kept, gaps
 
-    def _segment(self, i: int, p: Tensor, rule: Rule) -> Segment:
+    def _segment(self, i: int, p: Tensor, rule: Rule, formats: Formats) -> Segment:
         """What the step of a param touches, its state completed and laid out as the param is."""
         whole = x = local_of(p).detach()
         if not is_dense(x):
@@ -246,18 +274,19 @@ class Lamb(LambBase):
                 )
         self._made_for[p] = rule
         local = dict(found)
-        complete_state(x, x, local, rule)
+        if REMAINDER in local:
+            refresh_remainder(local[REMAINDER], whole)
+        complete_state(x, x, local, rule, formats)
         for name in found.keys() - local.keys():
             del state[name]
         for name, t in local.items():
             if t is not found.get(name):
                 state[name] = wrapped(t, p)
         grad = None if p.grad is None else as_laid_out(local_of(placed_as(p.grad, p)), x)
-        states, master = tuple(local[name] for name in rule.states), local.get(MASTER)
-        if master is None:
-            return Segment(i, grad, x, states, None)
-        refresh_master(master, whole)
-        return Segment(i, grad, master, states, x)
+        s = segment(i, grad, x, local, rule, formats, elements_of(p, x))
+        if s.copy is not None:
+            refresh_master(s.x, whole)
+        return s
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
@@ -285,6 +314,7 @@ class _Kept(NamedTuple):
     positions: list[list[int]]  # of each update's segments in the order of the fingerprint
     norms: Norms
     rules: list[Rule]  # by group
+    formats: list[Formats]  # by group
 
     def gradients_if_valid(self, groups: Any, state: Any) -> list[Any] | None:
         return self.fingerprint.gradients() if self.fingerprint.matches(groups, state) else None

@@ -18,6 +18,8 @@ from . import rules
 Impl: TypeAlias = Literal["auto", "reference", "foreach", "compiled", "triton"]
 Adapt: TypeAlias = Literal["all", "decayed"]
 Nonfinite: TypeAlias = Literal["propagate", "skip"]
+StateFormat: TypeAlias = Literal["float32", "bfloat16", "bfloat16-nearest"]
+Master: TypeAlias = Literal["float32", "remainder"]
 
 #: Options that every group has, with the defaults of arXiv 1904.00962 v5 (preset ``"v5"``). A rule
 #: may have more: :attr:`dist_lamb.rules.Rule.options`.
@@ -37,9 +39,13 @@ RULE_DEFAULTS: Final[dict[str, Any]] = {
     "maximize": False,
     "nonfinite": "propagate",
     "amsgrad": False,
+    "state_format": "float32",
+    "master": "float32",
 }
+#: Those that say how states are stored: a state dict's do not replace an optimizer's own.
+FORMATS: Final = ("state_format", "master")
 #: Those that every rule reads.
-_COMMON: Final = frozenset(("rule", "lr", "max_grad_norm", "maximize", "nonfinite"))
+_COMMON: Final = frozenset(("rule", "lr", "max_grad_norm", "maximize", "nonfinite", *FORMATS))
 _BOOLS: Final = (
     "grad_averaging", "bias_correction", "decoupled", "maximize", "amsgrad", "nesterov", "larc",
     "decay_first",
@@ -199,6 +205,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"Invalid nonfinite value: {group['nonfinite']!r}; 'propagate' or 'skip' expected"
         )
+    for name, known in (("state_format", StateFormat), ("master", Master)):
+        if group[name] not in get_args(known):
+            expected = ", ".join(map(repr, get_args(known)))
+            raise ValueError(f"Invalid {name} value: {group[name]!r}; one of {expected} expected")
     for name in ("trust_clip", "phi"):
         if group[name] is not None:
             _check_range(name, group[name])
@@ -217,6 +227,11 @@ def owned(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options among a parameter group's entries."""
     names = (*RULE_DEFAULTS, *rules.OPTIONS, *TORCH_FLAGS)
     return {name: group[name] for name in dict.fromkeys(names) if name in group}
+
+
+def formats(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say how states are stored, and change no equation."""
+    return {name: group[name] for name in FORMATS if name in group}
 
 
 def clips(group: Mapping[str, Any]) -> bool:

@@ -80,7 +80,8 @@ class ShardedLamb(ShardedBase):
     left alone; without one on some ranks it counts as zero there; but where gradients are reduced
     inside backward, every rank must run it as often as the others between two steps. ``state[p]``
     shows this rank's pieces, with the same keys on every rank: what is dropped there begins anew,
-    tensors put there are copied. Params may be moved between groups in place. See
+    tensors put there are copied. Params may be moved between groups of the
+    same formats. See
     :meth:`full_optimizer_state_dict` for whole tensors. A newer ShardedLamb of the same params
     takes them over.
 
@@ -126,6 +127,8 @@ class ShardedLamb(ShardedBase):
         maximize: bool = False,
         rule: str = "lamb",
         nonfinite: options.Nonfinite = "propagate",
+        state_format: options.StateFormat = "float32",
+        master: options.Master = "float32",
         track_grad_norm: bool = False,
         impl: options.Impl = "auto",
         foreach: bool | None = None,
@@ -156,8 +159,9 @@ class ShardedLamb(ShardedBase):
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
             adapt=adapt, trust_clip=trust_clip, phi=phi, maximize=maximize, rule=rule,
-            nonfinite=nonfinite, track_grad_norm=track_grad_norm, impl=impl,
-            foreach=foreach, capturable=capturable, fused=fused, **of_rule,
+            nonfinite=nonfinite, state_format=state_format, master=master,
+            track_grad_norm=track_grad_norm, impl=impl, foreach=foreach, capturable=capturable,
+            fused=fused, **of_rule,
         )  # fmt: skip
         older = self._older()
         for other in older:

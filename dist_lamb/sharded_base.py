@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import LambBase
 from .sharded_state import ShardedState, described_setup
-from .sharding.buffers import FlatBuffers, OwnedRange
+from .sharding.buffers import FlatBuffers
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
 from .sharding.comm_stream import CommStream
 from .sharding.forward_order import ForwardOrder, Handles
@@ -20,6 +20,7 @@ from .sharding.lockstep import Lockstep
 from .sharding.members import Members
 from .sharding.overlap import GradientReducer, ParamGatherer
 from .sharding.settings import Settings
+from .sharding.shards import OwnedRange
 
 
 class ShardedBase(LambBase):
@@ -132,7 +133,8 @@ class ShardedBase(LambBase):
             used = self._comm.from_first(list(self._used))
             last = [named.pop(key) for i in used if (key := id(self._numbered[i])) in named]
             ordered = [*named.values(), *reversed(last)]
-            buffers = FlatBuffers.of(ordered, self.rule_of(), self._comm, self._settings)
+            made_for = self.rule_of(), self.formats_of()
+            buffers = FlatBuffers.of(ordered, *made_for, self._comm, self._settings)
             stream = CommStream(buffers.device)
             self._gatherer = ParamGatherer(buffers, self._comm, stream, self._order)
             if self._reduces:

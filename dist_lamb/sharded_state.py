@@ -15,8 +15,9 @@ from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.device import mask_of
 from .kernels.groups import GroupTable
-from .sharding.buffers import FlatBuffers, OwnedRange, spec_of
-from .state import MASTER, TENSOR_STATES
+from .sharding.buffers import FlatBuffers
+from .sharding.shards import OwnedRange, spec_of
+from .state import MASTER, REMAINDER, TENSOR_STATES, Formats
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -80,6 +81,7 @@ class ShardedState:
         state of another size.
         """
         known = self._rules == list(map(rules.of, groups))
+        known = known and self._formats == list(map(Formats.of, groups))
         if not known or not self._fingerprint.matches(groups, state):
             self.buffers.adopt_params()
             self.arrange(groups, state, adopt=True)
@@ -114,9 +116,20 @@ class ShardedState:
             if adopt:
                 self._adopt(j, entry, own)
             count_here(self.counters, self.indices[j], entry)
+            for name in {MASTER, REMAINDER} & entry.keys() - own.keys():
+                del entry[name]
             entry.update(own)
         table = GroupTable.of_groups(buffers.device, groups, self._keep)
-        self._rules = list(map(rules.of, groups))
+        self._rules, self._formats = list(map(rules.of, groups)), list(map(Formats.of, groups))
+        of_each = [own for own, g in zip(self._formats, groups) for _ in g["params"]]
+        for j, made_for in enumerate(buffers.formats):
+            if of_each[self.indices[j]] != made_for:
+                raise RuntimeError(
+                    f"{buffers.layout.params[j].name} has come under other formats than "
+                    f"state_format={made_for.moments!r}, master={made_for.master!r}, which its "
+                    "buffers were made for: make a new ShardedLamb, and load the state dict of "
+                    "this one into it"
+                )
         for j, rule in enumerate(buffers.rules):
             if table.rules[self.indices[j]] is not rule:
                 raise RuntimeError(

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import rules
+from . import storage_formats as bits
 from .rules import Rule
 
 #: The float32 value of a half-precision param: what the rule reads and writes in its place.
 MASTER = "master"
+#: int16: what the float32 value of a bfloat16 param has more than the param, which is its rounding.
+REMAINDER = "remainder"
 #: All state that is as large as the param, under any rule.
-TENSOR_STATES = (*rules.STATES, MASTER)
+TENSOR_STATES = (*rules.STATES, MASTER, REMAINDER)
+
+
+class Formats(NamedTuple):
+    """How a group's states are stored: its options ``state_format`` and ``master``."""
+
+    moments: str = "float32"
+    master: str = "float32"
+
+    @staticmethod
+    def of(group: Mapping[str, Any]) -> Formats:
+        return Formats(group.get("state_format", "float32"), group.get("master", "float32"))
+
+    @property
+    def nearest(self) -> bool:
+        return self.moments == "bfloat16-nearest"
+
+
+#: Every state as wide as the arithmetic.
+FLOAT32 = Formats()
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,12 +51,30 @@ def needs_master(dtype: torch.dtype) -> bool:
     return dtype != state_dtype(dtype)
 
 
-def states_of(dtype: torch.dtype, rule: Rule) -> tuple[str, ...]:
-    """Names of the states of a param of ``dtype`` that are as large as the param.
+def states_of(dtype: torch.dtype, rule: Rule, formats: Formats = FLOAT32) -> dict[str, torch.dtype]:
+    """{name: dtype} of the states of a param of ``dtype`` that are as large as the param.
 
-    The rule's come first, in the order in which its functions take them.
+    The rule's come first, in the order in which its functions take them. Float64 params keep
+    float64 states, and float16 params float32 masters, whatever the formats.
     """
-    return (*rule.states, MASTER) if needs_master(dtype) else tuple(rule.states)
+    wide = state_dtype(dtype)
+    narrow = formats.moments != "float32" and wide == torch.float32
+    found = dict.fromkeys(rule.states, torch.bfloat16 if narrow else wide)
+    if dtype == torch.bfloat16 and formats.master == "remainder":
+        found[REMAINDER] = torch.int16
+    elif needs_master(dtype):
+        found[MASTER] = wide
+    return found
+
+
+def stored_dtype(name: str, saved: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """What a state of a param of ``dtype`` is held in that was saved as ``saved``: other formats
+    than those of now stay, until a step converts them."""
+    if name == REMAINDER:
+        return torch.int16
+    wide = state_dtype(dtype)
+    narrow = saved == torch.bfloat16 and wide == torch.float32
+    return torch.bfloat16 if narrow and name != MASTER else wide
 
 
 def foreign_state(state: Iterable[str], rule: Rule) -> str | None:
@@ -72,31 +113,62 @@ def as_laid_out(t: Tensor, like: Tensor) -> Tensor:
     return out.copy_(t)
 
 
-def state_like(p: Tensor, value: Tensor | None = None) -> Tensor:
+def state_like(p: Tensor, value: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A state tensor for ``p``, its strides where they are dense: zeros, or a copy of ``value``."""
-    out = torch.zeros_like(p, dtype=state_dtype(p.dtype), memory_format=torch.preserve_format)
+    dtype = dtype or state_dtype(p.dtype)
+    out = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
     return out if value is None else out.copy_(value)
 
 
-def complete_state(p: Tensor, dense: Tensor, state: dict[str, Tensor], rule: Rule) -> None:
-    """Create what is missing of ``p``'s states and master, and lay all out as ``dense`` is.
+def complete_state(
+    p: Tensor, dense: Tensor, state: dict[str, Tensor], rule: Rule, formats: Formats = FLOAT32
+) -> None:
+    """Create what is missing of ``p``'s states and master, and store and lay all out as it must be.
 
-    ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps. A master is removed where
-    ``p`` has full precision by now: it would be older than ``p``.
+    ``dense`` is ``p``, or a contiguous copy of it where ``p`` has gaps; where a master becomes a
+    remainder it is written to. A master is removed where ``p`` has full precision by now: it would
+    be older than ``p``.
     """
-    for name in rule.states:
-        if name not in state:
-            state[name] = state_like(dense)
-    if not needs_master(p.dtype):
-        state.pop(MASTER, None)
-    elif MASTER not in state:
-        state[MASTER] = state_like(dense, dense)
+    wanted = states_of(p.dtype, rule, formats)
     for name in TENSOR_STATES:
-        # The param may have changed its memory format or its precision since.
+        # The param may have changed its memory format since.
         if name in state:
-            if state[name].dtype != state_dtype(p.dtype):
-                state[name] = state[name].to(state_dtype(p.dtype))
             state[name] = as_laid_out(state[name], dense)
+    for name, dtype in wanted.items():
+        if name not in state:
+            if name == MASTER and REMAINDER in state:
+                state[name] = joined(dense, state[REMAINDER])
+            elif name == REMAINDER and MASTER in state:
+                refresh_master(state[MASTER], dense)
+                state[name] = split_into(dense, state[MASTER])
+            else:
+                state[name] = state_like(dense, dense if name == MASTER else None, dtype)
+        # Its precision may have changed, or the format.
+        state[name] = converted(state[name], dtype)
+    for name in {MASTER, REMAINDER} & state.keys() - wanted.keys():
+        del state[name]
+
+
+def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state in another dtype; to bfloat16 it is rounded to nearest, and finite stays finite."""
+    if value.dtype == dtype:
+        return value
+    if dtype == torch.bfloat16:
+        return bits.as_bfloat16(bits.bfloat16_to_nearest(value.float()))
+    return value.to(dtype)
+
+
+def joined(p: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of a bfloat16 param and its remainder."""
+    master: Tensor = bits.master_of(bits.pattern(p), remainder.to(torch.int32))
+    return master
+
+
+def split_into(p: Tensor, master: Tensor) -> Tensor:
+    """Write a master's rounding into a bfloat16 param; the remainder."""
+    p.copy_(bits.as_bfloat16(bits.param_of(master)))
+    remainder: Tensor = bits.remainder_of(master)
+    return remainder.to(torch.int16)
 
 
 def refresh_master(master: Tensor, p: Tensor) -> None:
@@ -108,7 +180,33 @@ def refresh_master(master: Tensor, p: Tensor) -> None:
     torch.where(master.to(p.dtype) == p, master, p.to(master.dtype), out=master)
 
 
+def refresh_remainder(remainder: Tensor, p: Tensor, before: Tensor | None = None) -> None:
+    """Clear the remainder where ``p`` has changed: where it is not ``before``, if that is known.
+
+    If not, it stays, whatever was written: the master is less than a unit in the last place of
+    ``p`` away from it, and rounds to it. (To clear all would forget, at every clamping of a few
+    weights, what the rest have gathered.) Not beside zeros and infinities: those are exact.
+    """
+    cleared = (p == 0) | p.isinf() if before is None else p != before
+    remainder.masked_fill_(cleared, 0)
+
+
 def restore_precision(p: Tensor, master: Tensor) -> None:
     """Give a full-precision param the bits of a master that it is a half-precision rounding of."""
     for dtype in (torch.bfloat16, torch.float16):
         torch.where(master.to(dtype).to(p.dtype) == p, master.to(p.dtype), p, out=p)
+
+
+def to_be_held(name: str, value: Tensor, p: Tensor) -> Tensor | None:
+    """A loaded state of the local param ``p`` as it is held until a step wants another format.
+
+    None where ``p`` has the precision for it itself, and has taken it.
+    """
+    local = state_like(p, value, stored_dtype(name, value.dtype, p.dtype))
+    if name == MASTER and not needs_master(p.dtype):
+        restore_precision(p, local)
+        return None
+    if name == REMAINDER and p.dtype != torch.bfloat16:
+        restore_precision(p, joined(p.to(torch.bfloat16), local))
+        return None
+    return local

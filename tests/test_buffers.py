@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dist_lamb import ShardedLamb
 from dist_lamb.rules import RULES
-from dist_lamb.sharding.buffers import FlatBuffers, spec_of
+from dist_lamb.sharding.buffers import FlatBuffers
 from dist_lamb.sharding.comm import Comm
 from dist_lamb.sharding.layout import TILE, Layout
+from dist_lamb.sharding.shards import spec_of
 from dist_lamb.state import states_of
 
 pytestmark = pytest.mark.xdist_group("distributed")

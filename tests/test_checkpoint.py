@@ -350,9 +350,9 @@ def _disk_full_on_one_rank(rank: int, world: int, folder: str) -> None:
     was = digest(params)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     train(optimizer, params, rank, world, range(1, 2))
+    if rank == 1:  # from here on: the ranks' own store is a file too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     message = r"rank-1\.bin: File too large \(on rank 1\)"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.save(folder, 2, model, optimizer)

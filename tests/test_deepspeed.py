@@ -55,12 +55,17 @@ EXACT = {
     "2 max_grad_norm": Case(2, clip=0.0, options={"max_grad_norm": 1.0}),
     "3 max_grad_norm": Case(3, clip=0.0, absent_at={}, options={"max_grad_norm": 1.0}),
 }
+EXACT |= {
+    "2 bfloat16 states": Case(2, clip=0.0, options={"state_format": "bfloat16"}),
+    "3 bfloat16 states": Case(**UNCLIPPED_3, options={"state_format": "bfloat16"}),
+}
 NAIVE = {f"{stage} naive": Case(stage, naive=True, absent_at={}) for stage in (1, 2, 3)}
 
 ON_TWO = (
     *("0 by name, ungrouped", "2 overlapping, lr schedule", "3 intermittent", "1 round robin"),
     *("1 by name, offloaded", "3 by name, zero.Init, ungrouped", "3 offloaded", "2 accumulated"),
     *("3 frozen", "2 max_grad_norm", "3 max_grad_norm", "1 naive", "2 naive"),
+    *("2 bfloat16 states", "3 bfloat16 states"),
 )
 ON_THREE = (
     *("1 by name, lr schedule", "2 by name, offloaded, ungrouped", "3 by name, offloaded"),

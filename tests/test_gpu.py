@@ -8,6 +8,8 @@ from typing import Any
 import fused_cases
 import golden
 import pytest
+import test_narrow
+import test_storage_formats
 import torch
 from torch import Tensor
 
@@ -95,6 +97,17 @@ def test_low_precision_copies_are_the_rounded_masters() -> None:
             optimizer.step()
         for p in params:
             assert torch.equal(p, optimizer.state[p]["master"].to(dtype))
+
+
+def test_narrow_states() -> None:
+    """What is stored is what counts, and all backends round with the same random bits."""
+    test_narrow._check_norms("triton", "cuda")
+    for impl in ("triton", "compiled", "foreach"):
+        test_narrow._check_backend(impl, "cuda")
+
+
+def test_formats_give_the_same_bits_as_on_the_cpu() -> None:
+    test_storage_formats.check_triton(test_storage_formats.in_triton, "cuda")
 
 
 @pytest.mark.parametrize("cls", CLASSES)

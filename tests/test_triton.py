@@ -174,6 +174,20 @@ def test_same_bits_at_every_world_size(
     assert run_ranks(2, tmp_path, _train) == [alone, alone]
 
 
+def _narrow() -> None:
+    import test_narrow
+
+    test_narrow._check_norms("triton")
+    # The interpreter cuts bfloat16 copies of masters off: none of these has any.
+    cases = [(torch.float32, test_narrow.FORMATS[0]), (torch.bfloat16, test_narrow.NARROW)]
+    test_narrow._check_backend("triton", cases=cases)
+
+
+def test_narrow_states(interpreted: Callable[..., Any]) -> None:
+    """As on the other backends: what is stored is what counts, in both norms; the same rounding."""
+    interpreted(_narrow)
+
+
 # --- choosing it ----------------------------------------------------------------------------------
 
 
@@ -208,8 +222,10 @@ def test_auto_on_a_gpu() -> None:
 # --- for GPUs that are not here ------------------------------------------------------------------
 
 
-def _compiled_for(arch: int, kind: int, rule_name: str = "lamb") -> dict[str, str]:
-    """PTX of a rule's kernels, for gradients and copies of one kind."""
+def _compiled_for(
+    arch: int, kind: int, rule_name: str = "lamb", formats: tuple[int, int] = (0, 0)
+) -> dict[str, str]:
+    """PTX of a rule's kernels, for gradients and copies of one kind; kinds of states and of x."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -230,9 +246,15 @@ def _compiled_for(arch: int, kind: int, rule_name: str = "lamb") -> dict[str, st
     for kernel in vars(triton_kernels.of(rule)).values():
         names = kernel.arg_names
         constants: dict[str, Any] = dict.fromkeys(n for n in names if n not in types)
-        given = {"KIND": kind, "NORM": False, "BLOCK": triton_math.BLOCK, "COPY_KIND": kind}
+        given = {
+            "KIND": kind,
+            "NORM": False,
+            "BLOCK": triton_math.BLOCK,
+            "COPY_KIND": 0 if formats[1] else kind,
+        }
         given |= {"ONCE": not rule.late, "COLUMNS": rule.columns, "LR_ZERO": False}
-        given |= {"SUM": True, "FINISH": True}
+        given |= {"SUM": True, "FINISH": True, "DIMS": 1}
+        given |= {"STATE_KIND": formats[0], "X_KIND": formats[1]}
         constants |= {n: value for n, value in given.items() if n in names}
         source = ASTSource(
             fn=kernel,
@@ -257,6 +279,24 @@ def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
             assert ptx["apply"].count("ld.global.v4.b32") == 3
             assert ptx["apply"].count("st.global.v4.b32") == 1
             assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart
+
+
+def test_narrow_states_compile_to_wide_accesses() -> None:
+    """Of 16 bytes for float32, and of the 8 that a thread's 4 numbers take in bfloat16."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        found = [pool.apply(_compiled_for, (90, k, "lamb", f)) for k, f in NARROW_KINDS]
+    # (16 bytes read, 8 bytes read, 16 written, 8 written): states, then params
+    for ptx, moments, apply in zip(found, NARROW_MOMENTS, NARROW_APPLY, strict=True):
+        for name, expected in (("moments_pass", moments), ("apply", apply)):
+            kinds = [f"{op}.global.{width}.b32" for op in ("ld", "st") for width in ("v4", "v2")]
+            assert tuple(map(ptx[name].count, kinds)) == expected, name
+        assert "fma.rn.f32" not in ptx["moments_pass"]
+
+
+#: float32 gradients and params with bfloat16 states; bfloat16 ones with remainders, and both
+NARROW_KINDS = [(0, (1, 0)), (1, (0, 1)), (1, (1, 1))]
+NARROW_MOMENTS = [(2, 2, 0, 2), (2, 3, 2, 0), (0, 5, 0, 2)]
+NARROW_APPLY = [(1, 2, 1, 0), (2, 2, 0, 2), (0, 4, 0, 2)]
 
 
 @pytest.mark.parametrize("name", [name for name in rules.RULES if name != "lamb"])

@@ -3,7 +3,8 @@
 ==================================  =============================================================
 ``model.<name>``                    a parameter or buffer, by its name in ``model.state_dict()``
 ``optimizer.<name>.<state>``        ``exp_avg``, ``exp_avg_sq``, ``master`` (where the parameter has
-                                    half precision), in the parameter's shape; ``step``, 0-d
+                                    half precision) or ``remainder``, in the parameter's shape and
+                                    the format they are stored in; ``step``, 0-d
 ``rng``                             [ranks, n] bytes: every rank's random number generators
 ==================================  =============================================================
 
@@ -31,20 +32,31 @@ from ..rules import Rule
 from ..sharded import ShardedLamb
 from ..sharding.comm import is_dtensor
 from ..sharding.dtensors import local_of, wrapped
-from ..state import MASTER, TENSOR_STATES, state_dtype, state_like, states_of
+from ..state import (
+    MASTER,
+    REMAINDER,
+    TENSOR_STATES,
+    Formats,
+    state_like,
+    states_of,
+    stored_dtype,
+)
 from .errors import CheckpointError
 from .files import Entry
 from .fragments import Fragment
 from .reading import Checkpoint
+from .stored import has_state, saved_key, take_converted
 
 #: If options differ: raise, use the checkpoint's, or keep the optimizer's.
 WhichOptions: TypeAlias = Literal["same", "saved", "own"]
 
 #: Group entries that :func:`check_groups` does not compare: the params, the flags that select the
-#: implementation, what a schedule changes, and the count of skipped steps.
+#: implementation, what a schedule changes, the count of skipped steps, and how states are stored,
+#: which loading converts.
 _NOT_COMPARED = frozenset(
     {
         *("params", "param_names", "lr", "initial_lr", "skipped_steps"),
+        *lamb_options.FORMATS,
         *lamb_options.TORCH_FLAGS,
     }
 )
@@ -81,6 +93,7 @@ class Names:
         self.groups: list[list[str]] = []
         self.params: dict[str, Tensor] = {}
         self.rules: dict[str, Rule] = {}
+        self.formats: dict[str, Formats] = {}
         if optimizer is None:
             return
         if not isinstance(optimizer, LambBase):
@@ -93,6 +106,12 @@ class Names:
             self.groups.append(list(params))
             self.params.update(params)
             self.rules.update(dict.fromkeys(params, rules.of(options)))
+            self.formats.update(dict.fromkeys(params, Formats.of(options)))
+
+    def states(self, name: str) -> dict[str, torch.dtype]:
+        """{name: dtype} of what a param's state consists of."""
+        stored = states_of(self.params[name].dtype, self.rules[name], self.formats[name])
+        return {"step": torch.float32, **stored}
 
 
 # --- saving --------------------------------------------------------------------------------------
@@ -154,14 +173,15 @@ def check_tensors(checkpoint: Checkpoint, names: Names) -> None:
         if key.startswith("model.") and key not in own:
             raise CheckpointError(f"{path}: has {key}, which the model lacks")
     for name, p in names.params.items():
-        for state_name in state_names(p, names.rules[name]) if has_state(checkpoint, name) else ():
-            key = f"optimizer.{name}.{state_name}"
+        for state_name, dtype in names.states(name).items() if has_state(checkpoint, name) else ():
+            key = saved_key(checkpoint, name, state_name)
             if key not in saved:
                 raise CheckpointError(f"{path}: has no {key}")
             if state_name == "step":
-                _check_entry(path, key, saved[key], (), torch.float32)
+                _check_entry(path, key, saved[key], (), dtype)
             else:
-                _check_entry(path, key, saved[key], tuple(p.shape), state_dtype(p.dtype))
+                other = stored_dtype(key.rpartition(".")[2], saved[key].dtype, p.dtype)
+                _check_entry(path, key, saved[key], tuple(p.shape), other)
 
 
 def _check_entry(
@@ -171,15 +191,6 @@ def _check_entry(
         raise CheckpointError(
             f"{path}: {key} is {list(saved.shape)} {saved.dtype}, here it is {list(shape)} {dtype}"
         )
-
-
-def has_state(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether there is any state of this param."""
-    return any(f"optimizer.{name}.{s}" in checkpoint.tensors for s in ("step", *TENSOR_STATES))
-
-
-def state_names(p: Tensor, rule: Rule) -> tuple[str, ...]:
-    return ("step", *states_of(p.dtype, rule))
 
 
 def check_groups(
@@ -244,7 +255,8 @@ def group_values(
     values = []
     for i, (theirs, ours) in enumerate(zip(checkpoint.state["groups"], optimizer.param_groups)):
         rest = {k: v for k, v in theirs.items() if k != "params"}
-        taken = {k: v for k, v in rest.items() if k not in lamb_options.TORCH_FLAGS}
+        own = (*lamb_options.TORCH_FLAGS, *lamb_options.FORMATS)
+        taken = {k: v for k, v in rest.items() if k not in own}
         try:
             lamb_options.check_group({**optimizer.defaults, **rest})
             _check_schedule(taken)
@@ -321,6 +333,8 @@ class Targets:
         self._model = list(names.model.values())
         self._steps = {names.params[name]: count for name, count in steps.items()}
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
+        #: (piece of a param, name of a state, its elements as they were saved)
+        self._converted: list[tuple[Any, str, Tensor]] = []
         self._pieces: Mapping[Tensor, Any] = {}
         kept = set(steps)
         if isinstance(optimizer, ShardedLamb):
@@ -334,24 +348,34 @@ class Targets:
             self.tensors[f"model.{name}"] = target
         for name, p in names.params.items():
             if name in kept:
-                self._add_state(name, p, names.rules[name])
+                self._add_state(checkpoint, name, p, names.states(name))
         self._without_state = [p for name, p in names.params.items() if name not in kept]
 
-    def _add_state(self, name: str, p: Tensor, rule: Rule) -> None:
+    def _add_state(
+        self, checkpoint: Checkpoint, name: str, p: Tensor, states: Mapping[str, torch.dtype]
+    ) -> None:
         assert self._optimizer is not None
-        for state_name in state_names(p, rule):
+        for state_name, dtype in states.items():
             if state_name == "step":
                 continue  # known before anything is overwritten
+            key = saved_key(checkpoint, name, state_name)
+            saved_name, saved_dtype = key.rpartition(".")[2], checkpoint.tensors[key].dtype
             target: Any
             if p in self._pieces:
                 piece = self._pieces[p]
-                target = _fragment(piece, state_name) if p.numel() else torch.empty(p.shape)
+                target = torch.empty(p.shape, dtype=saved_dtype)
+                if p.numel():
+                    target = _fragment(piece, state_name)
+                    if (saved_name, saved_dtype) != (state_name, dtype):
+                        target = target.with_flat(torch.empty_like(target.flat, dtype=saved_dtype))
+                        self._converted.append((piece, state_name, target.flat))
             else:
-                old = self._optimizer.state.get(p, {}).get(state_name)
-                fits = old is not None and (old.shape, old.dtype) == (p.shape, state_dtype(p.dtype))
-                target = old if fits else wrapped(state_like(local_of(p)), p)
-                self._new_state.setdefault(p, {})[state_name] = target
-            self.tensors[f"optimizer.{name}.{state_name}"] = target
+                # In the format it was saved in: the next step converts it.
+                old = self._optimizer.state.get(p, {}).get(saved_name)
+                fits = old is not None and (old.shape, old.dtype) == (p.shape, saved_dtype)
+                target = old if fits else wrapped(state_like(local_of(p), dtype=saved_dtype), p)
+                self._new_state.setdefault(p, {})[saved_name] = target
+            self.tensors[key] = target
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -363,6 +387,8 @@ class Targets:
             return
         if isinstance(optimizer, ShardedLamb):
             if self._pieces:
+                for piece, state_name, given in self._converted:
+                    take_converted(piece.views, state_name, given)
                 for p in self._without_state:
                     if p in self._pieces:  # a frozen param has no state at all
                         self._reset(p)
@@ -371,6 +397,8 @@ class Targets:
         for p in self._without_state:
             optimizer.state.pop(p, None)
         for p, state in self._new_state.items():
+            for other in {MASTER, REMAINDER} & optimizer.state[p].keys() - state.keys():
+                del optimizer.state[p][other]
             optimizer.state[p].update(state)
             optimizer.state[p]["step"] = self._steps[p]
         optimizer.state_loaded()

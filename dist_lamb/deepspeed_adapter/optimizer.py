@@ -17,7 +17,7 @@ from ..deepspeed_marks import taken_by_zero
 from ..kernels.segments import GRAD_SQ
 from ..param_groups import without_decay_1d
 from ..sharding.comm import Comm
-from ..state import TENSOR_STATES
+from ..state import TENSOR_STATES, Formats
 from .arrivals import Arrivals
 from .clipping import BOTH_CLIP, grad_norm_of
 from .layouts import Original, find_layouts, logical_shape
@@ -86,6 +86,11 @@ class DeepSpeedLamb(LambBase):
         self._shown: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if {**self.defaults, **param_group}["master"] != "float32":
+            raise ValueError(
+                "DeepSpeed keeps the float32 masters itself: DeepSpeedLamb takes master='float32' "
+                "only; state_format='bfloat16' narrows the moments"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         i = len(self._starts) - 1
@@ -212,6 +217,7 @@ class DeepSpeedLamb(LambBase):
                 PartitionStep(
                     self.impl,
                     {i: rules.of(of) for i, of in self._options_of.items()},
+                    {i: Formats.of(of) for i, of in self._options_of.items()},
                     self._originals,
                     [layouts[j] for j in chosen],
                     [partitions[j] for j in chosen],
@@ -418,7 +424,7 @@ class DeepSpeedLamb(LambBase):
         for number, entry in whole.items():
             self._steps_taken[number] = float(entry.get("step", 0.0))
         for group, loaded in zip(self.param_groups, groups):
-            group.update(options.owned(loaded))
+            group.update({**options.owned(loaded), **options.formats(group)})
         self._show_steps(self.param_groups, parts)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import step
+from ..elements import Elements
 from ..kernels import Update, make_update
 from ..kernels.groups import GroupOptions, GroupTable
 from ..kernels.segments import UPDATED, Scalars, Segment
@@ -18,8 +19,10 @@ from ..sharding.comm import Comm
 from ..state import (
     MASTER,
     TENSOR_STATES,
+    Formats,
     as_laid_out,
     complete_state,
+    converted,
     flat_row,
     needs_master,
     refresh_master,
@@ -42,6 +45,7 @@ class PartitionStep:
         self,
         impl: str,
         rules_of: Mapping[int, Rule],
+        formats_of: Mapping[int, Formats],
         every: Sequence[Original],
         layouts: Sequence[PartitionLayout],
         partitions: Sequence[Tensor],
@@ -69,6 +73,7 @@ class PartitionStep:
         group_of = [self.group_indices.index(o.group) for o in self.originals]
         self._options = GroupOptions()
         self._rules = [rules_of[i] for i in self.group_indices]
+        self._formats = {i: formats_of[i] for i in self.group_indices}
         numels = [logical_numel(o.param) for o in self.originals]
         self._groups = GroupTable(self.device, self._rules, group_of, numels, keep=[])
         self._counters = torch.zeros(len(self.originals), device=self.device)
@@ -126,6 +131,7 @@ class PartitionStep:
         """
         if self._options.read([live[i] for i in self.group_indices]).rules != self._rules:
             raise RuntimeError("the rule of a param group has changed; make a new DeepSpeedLamb")
+        self._formats = {i: Formats.of(live[i]) for i in self.group_indices}
         segments, update = self._prepare(state)
         stepped = [s for s in segments if s.grad is not None]
         missing, doubtful = self._missing(arrivals)
@@ -152,7 +158,7 @@ class PartitionStep:
         tensors = []
         for layout, partition in zip(self.layouts, self.partitions):
             x, entry, rule = partition.detach(), state[partition], self._rule_of(layout)
-            complete_state(partition, x, entry, rule)
+            complete_state(partition, x, entry, rule, self._formats_of(layout))
             master = entry.get(MASTER)
             x, copy = (x, None) if master is None else (master, x)
             tensors.append((x, copy, *(entry[name] for name in rule.states)))
@@ -161,15 +167,20 @@ class PartitionStep:
         key: list[Any] = [
             None if t is None else (t.data_ptr(), t.dtype, t.shape) for of in tensors for t in of
         ]
-        key.append([None if g is None else g.dtype for g in grads])
+        key += [[None if g is None else g.dtype for g in grads], self._formats.copy()]
         if self._kept is None or self._kept[0] != key:
             segments: list[Segment] = []
-            for of_one, cut in zip(tensors, self._cuts):
+            for layout, partition, of_one, cut in zip(
+                self.layouts, self.partitions, tensors, self._cuts
+            ):
+                nearest = self._formats_of(layout).nearest
+                numbers = iter(_elements(layout, partition))
                 for x, copy, *moments in zip(*(cut(t) for t in of_one)):
                     k = self._span_params[len(segments)]
                     if copy is not None:
                         refresh_master(x, copy)
-                    segments.append(Segment(k, grads[len(segments)], x, tuple(moments), copy))
+                    s = Segment(k, grads[len(segments)], x, tuple(moments), copy)
+                    segments.append(s._replace(elements=next(numbers), nearest=nearest))
             update = make_update(segments, self._counters, self._groups, impl=self._impl, keep=[])
             self._kept = (key, [s._replace(grad=None) for s in segments], update)
         else:
@@ -180,6 +191,9 @@ class PartitionStep:
     def _rule_of(self, layout: PartitionLayout) -> Rule:
         """Of a partition: DeepSpeed joins params of one group only."""
         return self._groups.rules[self._at[layout.originals[0]]]
+
+    def _formats_of(self, layout: PartitionLayout) -> Formats:
+        return self._formats[self.originals[self._at[layout.originals[0]]].group]
 
     def _gradients(self) -> list[Tensor | None]:
         grads: list[Tensor | None] = []
@@ -260,16 +274,18 @@ class PartitionStep:
                     continue
                 if layout.cut:
                     part = value.reshape(-1)[span.offset : span.offset + span.numel]
-                    tensor.detach()[span.start : span.start + span.numel].copy_(part)
+                    into = tensor.detach()[span.start : span.start + span.numel]
+                    into.copy_(converted(part, tensor.dtype))
                 else:
-                    tensor.detach().copy_(value)
+                    tensor.detach().copy_(converted(value, tensor.dtype))
 
     def _stored(self, state: Any) -> list[tuple[str, PartitionLayout, Tensor]]:
         """(what it is, layout, tensor) of everything a checkpoint must have beside the model."""
         found: list[tuple[str, PartitionLayout, Tensor]] = []
         for layout, partition in zip(self.layouts, self.partitions):
             entry = state[partition]
-            complete_state(partition, partition.detach(), entry, self._rule_of(layout))
+            rule, formats = self._rule_of(layout), self._formats_of(layout)
+            complete_state(partition, partition.detach(), entry, rule, formats)
             found += [(name, layout, entry[name]) for name in TENSOR_STATES if name in entry]
             half = needs_master(self.originals[self._at[layout.originals[0]]].param.dtype)
             if half and layout.kind != "param":
@@ -330,6 +346,13 @@ class _PartitionNorms:
     def _add(self, t: Tensor) -> Tensor:
         # With CPU offload the sums are on the CPU, where NCCL does not go.
         return self._comm.all_reduce_sum(t.to(self._device)).to(t.device)
+
+
+def _elements(layout: PartitionLayout, partition: Tensor) -> list[Elements]:
+    """Of a partition's spans. DeepSpeed joins params as contiguous ones."""
+    if not layout.cut:
+        return [Elements.of(partition.shape, partition.stride())]
+    return [Elements(start=span.offset) for span in layout.spans]
 
 
 def _cuts(layout: PartitionLayout, partition: Tensor) -> Callable[[Tensor | None], Sequence[Any]]:

@@ -119,7 +119,7 @@ def _one_rule(
     keep: list[Any],
     segments: Sequence[Segment],
 ) -> Update:
-    if uses_triton(impl, counters.device, {s.x.dtype for s in segments}):
+    if uses_triton(impl, counters.device, {s.dtype for s in segments}):
         from .fused_triton import TritonUpdate
 
         return TritonUpdate(segments, counters, groups, rule, keep)

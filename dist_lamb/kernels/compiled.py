@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreach
+from . import foreach, stored
 from .eager import Work
 from .segments import Segment
 from .sweeps import Numbers, Sweep, product_sum
@@ -46,38 +46,48 @@ def _filled(numbers: Numbers) -> Numbers:
     active = one if numbers.active is None else numbers.active.to(like.dtype)
     scale = one if numbers.grad_scale is None else numbers.grad_scale
     c = numbers.c._make(zero if v is None else v for v in numbers.c)
-    return Numbers(active, scale, c, numbers.shrink, numbers.steps)
+    return numbers._replace(active=active, grad_scale=scale, c=c)
 
 
 @functools.cache
-def _compiled(what: Sweep, empty: Numbers) -> Callable[..., Tensor | None]:
-    """``what`` on matrices [rows, columns]; ``empty`` has numbers where the tables have columns."""
+def _compiled(
+    what: Sweep, empty: Numbers, dims: int, nearest: bool
+) -> Callable[..., Tensor | None]:
+    """``what`` on matrices [rows, columns]; ``empty`` has numbers where the tables have columns.
+
+    ``dims`` are those of the places, 0 where there are none.
+    """
 
     def swept(
         g: Tensor | None,
         x: Tensor,
         copy: Tensor | None,
+        remainder: Tensor | None,
+        places: Tensor | None,
         table: Tensor | None,
         index: Tensor,
         *states: Tensor,
     ) -> Tensor | None:
-        def put(new: Sequence[Tensor]) -> Sequence[Tensor]:
-            for state, value in zip(states, new):
-                state.copy_(value)
-            return new
-
+        s = Segment(0, g, x, states, copy, remainder, nearest=nearest)
         numbers = Numbers()
         if table is not None:
             found = iter(table[index][:, None, :].unbind(-1))
             numbers = empty.like([None if v is None else next(found) for v in empty.flat()])
             numbers = numbers._replace(active=numbers.active > 0)
-        g = x if g is None else g.to(x.dtype)
-        new, pairs = what.run(g, x, states, numbers, put)
+
+        def put(new: Sequence[Tensor]) -> Sequence[Tensor]:
+            random = None
+            if places is not None and numbers.t is not None:
+                elements = stored.element_numbers(places, x.shape[1], dims)
+                random = stored.bits_by_pair(elements, numbers.t)
+            return stored.put(s, new, random)
+
+        value, own = stored.read_x(s), stored.read_states(s)
+        g = value if g is None else g.to(value.dtype)
+        new, pairs = what.run(g, value, own, numbers, put)
         sums = torch.stack([product_sum(a, b) for a, b in pairs], dim=-1) if pairs else None
         if new is not None:
-            x.copy_(new)
-            if copy is not None:
-                copy.copy_(x)
+            stored.write_x(s, new)
         return sums
 
     # torch.compile counts graphs by code object: each sweep has one of its own
@@ -111,9 +121,14 @@ class _Cut:
             whole = numel - numel % ROW_NUMEL if numel >= SMALL_NUMEL else 0
             if whole:
                 index = torch.full((whole // ROW_NUMEL,), k, device=work.device)
-                self.tiled.append((b, block.map(partial(_tiles, numel=whole)), index))
+                tiles = block.map(partial(_tiles, numel=whole))
+                if block.places is not None:
+                    places = block.places.repeat(len(index), 1)
+                    places[:, 0] += torch.arange(len(index), device=work.device) * ROW_NUMEL
+                    tiles = tiles._replace(places=places)
+                self.tiled.append((b, tiles, index))
             if whole < numel:
-                rest.append(block.map(partial(_from, at=whole)))
+                rest.append(block.cut(1, whole, numel - whole))
                 self.rest_of.append(b)
                 self._rest_from.append(whole)
         self.rest = Work(rest, work.rows.subset(self.rest_of), work.dtype, tiled=False)
@@ -127,10 +142,6 @@ class _Cut:
 
 def _tiles(row: Tensor, numel: int) -> Tensor:
     return row[0, :numel].view(-1, ROW_NUMEL)
-
-
-def _from(row: Tensor, at: int) -> Tensor:
-    return row[:, at:]
 
 
 def _cut(work: Work) -> _Cut:
@@ -147,11 +158,16 @@ def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
         full = _filled(numbers)
         empty = full.map(lambda _: 0)
         table = torch.stack([v for v in full.flat() if v is not None], dim=1)
-    run = _compiled(what, empty)
+    first = work.blocks[0] if work.blocks else None
+    places = None if first is None else first.places
+    dims = 0 if places is None else places.shape[1] // 2
+    run = _compiled(what, empty, dims, first is not None and first.nearest)
 
     def tiles(s: Segment, grad: Tensor | None, index: Tensor) -> Tensor | None:
         g = grad if what.reads_grad else None
-        return _call(run, g, s.x, s.copy, table, index, *s.states)  # type: ignore[no-any-return]
+        return _call(  # type: ignore[no-any-return]
+            run, g, s.x, s.copy, s.remainder, s.places, table, index, *s.states
+        )
 
     out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     if work.tiled:

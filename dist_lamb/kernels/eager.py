@@ -24,7 +24,7 @@ from ..state import flat_row
 from . import backend_for
 from .device import mask_of
 from .groups import GroupTable, Row
-from .segments import GRAD_SQ, UPDATED, Scalars, Segment
+from .segments import GRAD_SQ, UPDATED, Scalars, Segment, places_of
 from .sweeps import SQUARES, Numbers, Sweep, early_sweep, only_where, rule_sweep
 
 
@@ -92,8 +92,9 @@ class Work:
 
     blocks: list[Segment]
     rows: RowMap
-    dtype: torch.dtype  # of x and of all arithmetic but the sums of squares
+    dtype: torch.dtype  # of all arithmetic but the sums of squares
     tiled: bool
+    kind: tuple[Any, ...] = ()  # of its segments
     #: what a backend keeps between its passes over these same tensors
     scratch: dict[str, Any] = field(default_factory=dict)
 
@@ -109,12 +110,11 @@ class Work:
 def works_of(segments: Sequence[Segment], num_params: int, tiled: bool) -> list[Work]:
     """One work for each dtype of x, of segments on one device."""
     works = []
-    for dtype in dict.fromkeys(s.x.dtype for s in segments):
+    for kind in dict.fromkeys(s.kind for s in segments):
+        chosen = [s for s in segments if s.kind == kind]
         blocks: list[Segment] = []
         owners: list[list[int]] = []
-        for s in segments:
-            if s.x.dtype != dtype:
-                continue
+        for s in chosen:
             if tiled and blocks and _follows(blocks[-1], s):
                 blocks[-1] = blocks[-1].map(_extended_by(len(s.x)))
                 owners[-1] += [s.param] * len(s.x)
@@ -122,8 +122,25 @@ def works_of(segments: Sequence[Segment], num_params: int, tiled: bool) -> list[
                 blocks.append(s if tiled else s.map(flat_row))
                 owners.append([s.param] * len(blocks[-1].x))
         rows = RowMap(owners, num_params, segments[0].x.device)
-        works.append(Work(blocks, rows, dtype, tiled))
+        if chosen[0].narrow and not chosen[0].nearest:
+            blocks = list(_placed(blocks, chosen, tiled))
+        works.append(Work(blocks, rows, chosen[0].dtype, tiled, kind))
     return works
+
+
+def _placed(
+    blocks: Sequence[Segment], segments: Sequence[Segment], tiled: bool
+) -> Iterator[Segment]:
+    """The blocks that were made of these segments, with the places of their rows."""
+    dims = max(len(s.elements.strides) for s in segments)
+    rest = iter(segments)
+    for block in blocks:
+        places: list[Tensor] = []
+        while sum(map(len, places)) < len(block.x):
+            s = next(rest)
+            rows, columns = s.x.shape if tiled else (1, 0)
+            places.append(places_of(s.elements, dims, rows, columns))
+        yield block._replace(places=torch.cat(places).to(block.x.device))
 
 
 def _follows(a: Segment, b: Segment) -> bool:
@@ -160,6 +177,7 @@ class EagerUpdate:
         self.ratios = torch.full_like(counters, torch.nan)
         self.sums = counters.new_zeros(len(counters), groups.columns, dtype=torch.float64)
         self._segments = [s._replace(grad=None) for s in segments]
+        self._narrow = any(s.narrow for s in segments)
         self._groups, self._rule, self._impl, self._tiled = groups, rule, impl, tiled
         own = [k for k, other in enumerate(groups.rules) if other is rule]
         #: which params are of this rule; None: all
@@ -176,8 +194,8 @@ class EagerUpdate:
             chosen = [s._replace(grad=g) for s, g in zip(self._segments, grads) if g is not None]
             self._works = works_of(chosen, len(self.counters), self._tiled)
             self._backends = [backend_for(self._impl, self.device, w.numel) for w in self._works]
-            order = {dtype: n for n, dtype in enumerate(w.dtype for w in self._works)}
-            self._owners = [order.get(s.x.dtype) for s in self._segments]
+            order = {kind: n for n, kind in enumerate(w.kind for w in self._works)}
+            self._owners = [order.get(s.kind) for s in self._segments]
             params = [s.param for s in chosen]
             self._active = mask_of(params, len(self.counters), self.device, keep=[])
             self._present = present
@@ -236,7 +254,7 @@ class EagerUpdate:
         c = rule.coefficients(row.h, t.double(), early)
         if hasattr(c, "l2") and not options.l2:
             c = c._replace(l2=None)
-        n = Numbers(None, scale, c)
+        n = Numbers(None, scale, t.double() if self._narrow else None, c)
         if self._masked or guard or self._own is not None:
             n = only_where(taking_part, n, rule, guard)
         sums = torch.zeros_like(self.sums)

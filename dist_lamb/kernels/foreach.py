@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import storage_formats as formats
+from . import stored
 from .eager import Work
 from .segments import Segment
 from .sweeps import Numbers, Sweep, product_sum, products
@@ -91,6 +93,15 @@ class _Batch(NamedTuple):
         if pairs:
             torch._foreach_copy_([own for own, _ in pairs], [t for _, t in pairs])
 
+    def write_x(self, new: list[Tensor]) -> None:
+        if self.parts[0].remainder is None:
+            self.write([part.x for part in self.parts], new)
+            self.write([part.copy for part in self.parts], new)
+            return
+        params = [formats.as_bfloat16(formats.param_of(t)) for t in new]
+        self.write([part.x for part in self.parts], params)
+        self.write([part.remainder for part in self.parts], list(map(formats.remainder_of, new)))
+
 
 def _batches(work: Work, with_gradients: bool = True) -> Iterator[_Batch]:
     limit = BATCH_NUMEL.get(work.device.type, BATCH_NUMEL_GPU)
@@ -102,7 +113,7 @@ def _batches(work: Work, with_gradients: bool = True) -> Iterator[_Batch]:
         dim, length, step = (1, cols, limit) if size == 1 else (0, size, max(1, limit // cols))
         for at in range(0, length, step):
             n = min(step, length - at)
-            part = block if n == length else block.map(_narrowed(dim, at, n))
+            part = block if n == length else block.cut(dim, at, n)
             rows = slice(begin + at, begin + at + n) if dim == 0 else slice(begin, begin + 1)
             size_of_part = n * (cols if dim == 0 else 1)
             if parts and numel + size_of_part > limit:
@@ -115,14 +126,10 @@ def _batches(work: Work, with_gradients: bool = True) -> Iterator[_Batch]:
         yield _collect(work, parts, with_gradients)
 
 
-def _narrowed(dim: int, at: int, n: int) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.narrow(dim, at, n)
-
-
 def _collect(work: Work, chosen: list[tuple[Segment, slice]], with_gradients: bool) -> _Batch:
     parts, rows = [part for part, _ in chosen], [r for _, r in chosen]
-    x = [part.x for part in parts]
-    states = [list(of_all) for of_all in zip(*(part.states for part in parts))]
+    x = [stored.read_x(part) for part in parts]
+    states = [list(of_all) for of_all in zip(*map(stored.read_states, parts))]
     g: list[Any] = [part.grad for part in parts] if with_gradients else []
     if any(t.dtype != work.dtype for t in g):  # asked first: doing nothing takes to() 3 us
         g = [t.to(work.dtype) for t in g]
@@ -175,27 +182,57 @@ def _add_products(
         out[[r.start for r in batch.rows]] += sums
 
 
-def _into(batch: _Batch) -> Callable[[Sequence[TensorList]], list[TensorList]]:
+def _into(
+    batch: _Batch, random: Sequence[Callable[[int], Tensor]]
+) -> Callable[[Sequence[TensorList]], list[TensorList]]:
+    """What stores new states; ``random`` gives bits for each of the lists' tensors."""
+
     def put(new: Sequence[TensorList]) -> list[TensorList]:
+        kept = []
         for k, state in enumerate(new):
-            batch.write([part.states[k] for part in batch.parts], state.tensors)
-        return [state.keep() for state in new]
+            values, into = state.tensors, [part.states[k] for part in batch.parts]
+            if values and into[0].dtype != values[0].dtype:
+                nearest = batch.parts[0].nearest
+                each: Sequence[Any] = random or [None] * len(values)
+                patterns = [stored.rounded(v, k, nearest, r) for v, r in zip(values, each)]
+                batch.write(into, list(map(formats.as_bfloat16, patterns)))
+                kept.append(TensorList(list(map(formats.of_bfloat16, patterns))))
+            else:
+                batch.write(into, values)
+                kept.append(state.keep())
+        return kept
 
     return put
+
+
+def _random(batch: _Batch, t: Tensor | None) -> list[Callable[[int], Tensor]]:
+    """Random bits for each of a batch's tensors; ``t`` are the steps of the work's rows."""
+    if t is None or not batch.parts or batch.parts[0].places is None:
+        return []
+    numbers = [
+        stored.element_numbers(part.places, part.x.shape[1])
+        for part in batch.parts
+        if part.places is not None
+    ]
+    if batch.lengths is None:
+        steps = [t[r, None] for r in batch.rows]
+        return [stored.bits_by_pair(n, own) for n, own in zip(numbers, steps)]
+    of_each = t[[r.start for r in batch.rows]].repeat_interleave(torch.tensor(batch.lengths))
+    return [stored.bits_by_pair(torch.cat(numbers, dim=1), of_each[None])]
 
 
 def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
     out = torch.zeros(len(work.rows.index), what.columns, dtype=torch.float64, device=work.device)
     columns = _Columns(work, *numbers.flat())
+    t = None if numbers.t is None else numbers.t[work.rows.index]
     for batch in _batches(work, what.reads_grad):
         n = numbers.like(list(columns.at(batch)))
         x = TensorList(batch.x)
         g = TensorList(batch.g) if what.reads_grad else x
         states = [TensorList(state) for state in batch.states]
-        new, pairs = what.run(g, x, states, n, _into(batch))
+        new, pairs = what.run(g, x, states, n, _into(batch, _random(batch, t)))
         for k, (a, b) in enumerate(pairs):
             _add_products(out[:, k], batch, a.tensors, b.tensors)
         if new is not None:
-            batch.write([part.x for part in batch.parts], new.tensors)
-            batch.write([part.copy for part in batch.parts], new.tensors)
+            batch.write_x(new.tensors)
     return out

@@ -27,6 +27,9 @@ from .triton_math import (
     CHUNK_COLUMNS,
     COPY_SHIFT,
     GRAD_SHIFT,
+    NARROW_SHIFT,
+    NEAREST_SHIFT,
+    REMAINDER_SHIFT,
     SHRINK,
     STEP_COLUMNS,
 )
@@ -87,17 +90,28 @@ class TritonUpdate:
         self._steps = torch.empty(num_params, int(STEP_COLUMNS), device=device)
         self._grad_partials: Tensor | None = None
         # A gradient that is not there yet will come in the dtype of its param.
-        like = [s.grad if s.grad is not None else s.copy for s in segments]
-        codes = [0 if t is None else _CODES[t.dtype] for t in like]
+        like = [next(t for t in (s.grad, s.copy, s.x) if t is not None) for s in segments]
+        codes = [_CODES[t.dtype] for t in like]
         copies = [0 if s.copy is None else _CODES[s.copy.dtype] for s in segments]
         self._grad_dtype, self._copy_dtype = _common(codes), _common(copies)
-        memory = [[s.x, s.copy, *s.states] for s in segments]
+        narrow, split = (
+            [int(s.narrow) for s in segments],
+            [int(s.remainder is not None) for s in segments],
+        )
+        #: what the kernels are compiled for: formats of states and params, dims of their elements
+        self._state_kind, self._x_kind = _common(narrow), _common(split)
+        self._dims = max((len(s.elements.strides) for s in segments if s.narrow), default=1)
+        memory = [[s.x, s.copy, *s.states, s.remainder] for s in segments]
         fixed = [[0 if t is None else t.data_ptr() for t in of_one] for of_one in memory]
         # int64 [rows, segments], rows as triton_math names them: gradient, flags, x, copy, states
         self._host = int64([[0, 0, *row] for row in fixed]).view(len(segments), -1).T.contiguous()
-        dtypes = [c << int(GRAD_SHIFT) | d << int(COPY_SHIFT) for c, d in zip(codes, copies)]
-        self._dtypes = int64(dtypes)
+        self._dtypes = int64(codes) << int(GRAD_SHIFT) | int64(copies) << int(COPY_SHIFT)
+        self._dtypes |= int64(narrow) << int(NARROW_SHIFT) | int64(split) << int(REMAINDER_SHIFT)
+        self._dtypes |= int64([int(s.nearest) for s in segments]) << int(NEAREST_SHIFT)
         self._unaligned = ((self._host & 15) != 0).any(dim=0)
+        if self._state_kind:
+            elements = int64([s.elements.row(self._dims) for s in segments])
+            self._host = torch.cat([self._host, elements.T]).contiguous()
         self._table: Tensor | None = None
         #: whether all gradients were aligned the last time
         self._whole = False
@@ -190,8 +204,10 @@ class TritonUpdate:
             with_x = self._rule.early != ("g.g",)
             with self._on_device():
                 self._launch(
-                    triton_sums.early_pass, (self._grad_dtype, with_x), self._num_chunks,
-                    *self._tables(), self._active, self._partials, with_x, self._grad_dtype, BLOCK,
+                    triton_sums.early_pass,
+                    (self._grad_dtype, with_x, self._num_states, self._x_kind), self._num_chunks,
+                    *self._tables(), self._active, self._partials, with_x, self._num_states,
+                    self._x_kind, self._grad_dtype, BLOCK,
                 )  # fmt: skip
                 self._launch(
                     triton_sums.early_sums, None, len(self._own), self._param_table,
@@ -209,16 +225,17 @@ class TritonUpdate:
             if lr_zero:
                 at = (len(self._rule.late) + 1) * self._num_chunks
                 self._launch(
-                    triton_sums.history, (self._grad_dtype, self._num_states), self._num_chunks,
-                    *self._tables(), self._active, self._partials[at:], self._num_states,
-                    self._grad_dtype, BLOCK,
+                    triton_sums.history, (self._grad_dtype, self._num_states, self._state_kind),
+                    self._num_chunks, *self._tables(), self._active, self._partials[at:],
+                    self._num_states, self._state_kind, self._grad_dtype, BLOCK,
                 )  # fmt: skip
             copy = self._copy_dtype if once else 0
             self._launch(
                 self._kernels.moments_pass,
-                (self._grad_dtype, copy, norm, once, *self._kinds()), self._num_chunks,
-                *self._tables(), self._options, self.counters, self._active, *self._step_args(),
-                self._groups.numels, self._partials, norm, once, self._grad_dtype, copy, BLOCK,
+                (self._grad_dtype, copy, norm, once, *self._formats, *self._kinds()),
+                self._num_chunks, *self._tables(), self._options, self.counters, self._active,
+                *self._step_args(), self._groups.numels, self._partials, norm, once,
+                self._grad_dtype, copy, *self._formats, BLOCK,
             )  # fmt: skip
             # After the launch, behind which the host can hide it.
             alone = len(self._own) == len(self.counters)
@@ -238,14 +255,15 @@ class TritonUpdate:
             chunks, count, table, segments = self._tables()
             if self._scalars.options.lr_zero:
                 self._launch(
-                    triton_sums.erase, self._num_states, count, chunks, table, segments,
-                    self._steps, self._num_states, BLOCK,
+                    triton_sums.erase, (self._num_states, self._state_kind), count, chunks, table,
+                    segments, self._steps, self._num_states, self._state_kind, BLOCK,
                 )  # fmt: skip
             if not self._once:
                 grad = self._grad_dtype if self._rule.reads_grad else 0
                 self._launch(
-                    self._kernels.apply, (self._copy_dtype, grad), count, chunks, table, segments,
-                    self._steps, grad, self._copy_dtype, BLOCK,
+                    self._kernels.apply, (self._copy_dtype, grad, *self._formats[:2]), count,
+                    chunks, table, segments, self._steps, grad, self._copy_dtype,
+                    *self._formats[:2], BLOCK,
                 )  # fmt: skip
         if capturing(self.device):
             # What a graph has captured outlives this table, and addresses in it never change.
@@ -262,6 +280,10 @@ class TritonUpdate:
             self._active, *self._step_args(), self._groups.numels, self._partials, sums,
             self._steps, self.ratios, columns, norm, lr_zero, add_up, finish, BLOCK,
         )  # fmt: skip
+
+    @property
+    def _formats(self) -> tuple[int, int, int]:
+        return self._state_kind, self._x_kind, self._dims
 
     @property
     def _num_states(self) -> int:

@@ -17,6 +17,7 @@ class Numbers(NamedTuple):
 
     active: Any = None  # bool; False keeps a gradient out that may not even be finite
     grad_scale: Any = None  # sign * clip / loss scale
+    t: Any = None  # the param's step, where states are rounded at random
     c: Any = ()  # the rule's coefficients
     shrink: Any = None
     steps: Any = ()
@@ -26,13 +27,13 @@ class Numbers(NamedTuple):
         return self.like([None if v is None else f(v) for v in self.flat()])
 
     def flat(self) -> list[Any]:
-        return [self.active, self.grad_scale, self.shrink, *self.c, *self.steps]
+        return [self.active, self.grad_scale, self.t, self.shrink, *self.c, *self.steps]
 
     def like(self, flat: Sequence[Any]) -> Numbers:
         """The same with other numbers, in the order of :meth:`flat`."""
-        end = 3 + len(self.c)
-        c = self.c._make(flat[3:end]) if self.c else ()
-        return Numbers(flat[0], flat[1], c, flat[2], tuple(flat[end:]))
+        end = 4 + len(self.c)
+        c = self.c._make(flat[4:end]) if self.c else ()
+        return Numbers(flat[0], flat[1], flat[2], c, flat[3], tuple(flat[end:]))
 
     def to(self, dtype: torch.dtype) -> Numbers:
         return self.map(lambda t: t if t.dtype == torch.bool else t.to(dtype))
@@ -118,7 +119,7 @@ def only_where(active: Tensor, n: Numbers, rule: Rule, guard: bool) -> Numbers:
     """
     scale = None if n.grad_scale is None else torch.where(active, n.grad_scale, 1.0)
     c = [None if v is None else torch.where(active, v, idle) for v, idle in zip(n.c, rule.idle)]
-    return Numbers(active if guard else None, scale, n.c._make(c), n.shrink, n.steps)
+    return n._replace(active=active if guard else None, grad_scale=scale, c=n.c._make(c))
 
 
 def product_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -36,7 +36,11 @@ from .triton_math import (
     BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, END_CHUNK, ERASED, FIRST_BLOCK, FIRST_CHUNK, FLAGS,
     FLOAT16, GRAD, GRAD_SCALE, GRAD_SHIFT, GROUP, GROUP_COLUMNS, LR, MAX_GRAD_NORM, MIXED, NUMEL,
     PARAM, PARAM_COLUMNS, PARAM_GROUP, PARAM_INDEX, SEGMENT, SHRINK, SIGN, STATE, STEP_COLUMNS,
-    UPDATED, X, learning_rate, load, load_any, participates, store, sum_partials, whole_blocks,
+    UPDATED, X, NARROW_SHIFT, NEAREST_SHIFT, REMAINDER_SHIFT, learning_rate, load_any, participates,
+    store, sum_partials, whole_blocks,
+)
+from .triton_formats import (
+    load_state, load_x, numbers_of as elements_of, random_of, store_state, store_x,
 )
 # fmt: on
 from .triton_rules import bound, names_of, on_device
@@ -78,14 +82,21 @@ def _numbers_of(group, param, t, loss_scale, total, early):
 
 
 def _sweep(
-    first, last, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
+    first, last, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves, t,
     MOMENTS: tl.constexpr, APPLY: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
-    KIND: tl.constexpr, COPY_KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, COPY_KIND: tl.constexpr, STATE_KIND: tl.constexpr, X_KIND: tl.constexpr,
+    DIMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``first`` to ``last`` of a chunk: MOMENTS new states and sums, APPLY a new x."""
     g = tl.load(segment + GRAD * num_segments)
     x = tl.load(segment + X * num_segments)
     copy = tl.load(segment + COPY * num_segments)
+    narrow, nearest = (flags >> NARROW_SHIFT) & 1, (flags >> NEAREST_SHIFT) & 1
+    split = (flags >> REMAINDER_SHIFT) & 1
+    remainder = x
+    if X_KIND:
+        remainder = tl.load(segment + (STATE + NUM_STATES) * num_segments)
+    places = segment + (STATE + NUM_STATES + 1) * num_segments
     memory = ()
     for k in tl.static_range(NUM_STATES):
         memory = memory + (tl.load(segment + (STATE + k) * num_segments),)
@@ -95,10 +106,12 @@ def _sweep(
             mask = tl.arange(0, BLOCK) < numel - i * BLOCK
         else:
             mask = None
-        param = load(x, at, mask, tl.float32, not MASKED, BLOCK)
+        param = load_x(x, remainder, at, mask, split, X_KIND, not MASKED, BLOCK)
         states = ()
         for k in tl.static_range(NUM_STATES):
-            states = states + (load(memory[k], at, mask, tl.float32, not MASKED, BLOCK),)
+            states = states + (
+                load_state(memory[k], at, mask, narrow, STATE_KIND, not MASKED, BLOCK),
+            )
         grad = param
         if MOMENTS or READS_GRAD:
             raw = load_any(g, at, mask, (flags >> GRAD_SHIFT) & 3, KIND, not MASKED, BLOCK)
@@ -108,8 +121,23 @@ def _sweep(
                 squares += raw.to(tl.float64) * raw.to(tl.float64)
         if MOMENTS:
             states = update(grad, param, states, c)
+            # What is stored is what counts from here on.
+            stored = ()
+            random = tl.zeros([BLOCK], tl.int32)
             for k in tl.static_range(NUM_STATES):
-                store(memory[k], at, states[k], mask, tl.float32, not MASKED, BLOCK)
+                if STATE_KIND:
+                    if k % 2:
+                        random = random >> 16
+                    else:
+                        numbers = elements_of(places, num_segments, at, DIMS, BLOCK)
+                        random = random_of(numbers, t, k // 2)
+                stored = stored + (
+                    store_state(
+                        memory[k], at, states[k], random, nearest, mask, narrow, STATE_KIND,
+                        not MASKED, BLOCK,
+                    ),
+                )  # fmt: skip
+            states = stored
         if APPLY or NUM_LATE > 0:
             u = directions(grad, param, states, c)
             if not APPLY:
@@ -128,18 +156,17 @@ def _sweep(
                     change = change + u[k] * moves[1 + k]
                 if SHRINKS:
                     change = change + param * moves[0]
-                _store_param(
-                    x, copy, at, param - change, mask, (flags >> COPY_SHIFT) & 3, COPY_KIND,
-                    not MASKED, BLOCK,
-                )  # fmt: skip
+                param = param - change
+                store_x(x, remainder, at, param, mask, split, X_KIND, not MASKED, BLOCK)
+                code = (flags >> COPY_SHIFT) & 3
+                _store_copy(copy, at, param, mask, code, COPY_KIND, not MASKED, BLOCK)
     return totals, squares
 
 
 @triton.jit
-def _store_param(
-    x, copy, at, param, mask, code, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
+def _store_copy(
+    copy, at, param, mask, code, KIND: tl.constexpr, aligned: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    store(x, at, param, mask, tl.float32, aligned, BLOCK)
     if KIND == BFLOAT16:
         store(copy, at, param, mask, tl.bfloat16, aligned, BLOCK)
     elif KIND == FLOAT16:
@@ -169,6 +196,9 @@ def moments_pass(
     ONCE: tl.constexpr,
     KIND: tl.constexpr,
     COPY_KIND: tl.constexpr,
+    STATE_KIND: tl.constexpr,
+    X_KIND: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """New states; partials of the late sums and of ||g||^2, float64 rows [chunks]. ONCE: new x too.
@@ -198,11 +228,11 @@ def moments_pass(
     fast, every = whole_blocks(flags, numel, BLOCK)
     totals, squares = sweep(
         0, fast, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        True, ONCE, NORM, False, KIND, COPY_KIND, BLOCK,
+        t, True, ONCE, NORM, False, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
     )  # fmt: skip
     totals, squares = sweep(
         fast, every, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        True, ONCE, NORM, True, KIND, COPY_KIND, BLOCK,
+        t, True, ONCE, NORM, True, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
     )  # fmt: skip
     for k in tl.static_range(NUM_LATE):
         tl.store(partials + k * num_chunks + at, tl.sum(totals[k]))
@@ -288,6 +318,8 @@ def apply(
     steps,
     KIND: tl.constexpr,
     COPY_KIND: tl.constexpr,
+    STATE_KIND: tl.constexpr,
+    X_KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x <- x - (shrink * x + sum of steps_k * u_k), and the low-precision copies."""
@@ -308,11 +340,11 @@ def apply(
     fast, every = whole_blocks(flags, numel, BLOCK)
     sweep(
         0, fast, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        False, True, False, False, KIND, COPY_KIND, BLOCK,
+        None, False, True, False, False, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
     )  # fmt: skip
     sweep(
         fast, every, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        False, True, False, True, KIND, COPY_KIND, BLOCK,
+        None, False, True, False, True, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
     )  # fmt: skip
 
 

@@ -34,10 +34,13 @@ SIGN, MAX_GRAD_NORM, LR_ADDRESS, LR_DTYPE, LR = (
     tl.constexpr(getattr(_groups, name))
     for name in ("SIGN", "MAX_GRAD_NORM", "LR_ADDRESS", "LR_DTYPE", "LR")
 )
-# rows of the segments, int64: addresses, and flags; the states' are the last ones
+# rows of the segments, int64: addresses, and flags; then the states', and where some are stored in
+# fewer bits the remainder's, and Elements.row
 GRAD, FLAGS, X, COPY, STATE = _constants("grad", "flags", "x", "copy", "state")
 # flags: all addresses are multiples of 16; then the dtypes of gradient and copy
 ALIGNED, GRAD_SHIFT, COPY_SHIFT = tl.constexpr(1), tl.constexpr(1), tl.constexpr(3)
+# bfloat16 states; rounded to nearest; a bfloat16 param with a remainder
+NARROW_SHIFT, NEAREST_SHIFT, REMAINDER_SHIFT = (tl.constexpr(i) for i in (5, 6, 7))
 FLOAT32, BFLOAT16, FLOAT16, MIXED = (tl.constexpr(i) for i in range(4))
 # what norms leaves for apply, float32 [params, STEP_COLUMNS]; shrink, steps and then the rule's
 # coefficients end it

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 # fmt: off
+from .triton_formats import load_state, load_x, store_state
 from .triton_math import (
     CHUNK_COLUMNS,
     END_CHUNK,
@@ -17,18 +18,18 @@ from .triton_math import (
     FLAGS,
     GRAD,
     GRAD_SHIFT,
+    NARROW_SHIFT,
     NUMEL,
     PARAM,
     PARAM_COLUMNS,
     PARAM_INDEX,
+    REMAINDER_SHIFT,
     SEGMENT,
     STATE,
     STEP_COLUMNS,
     X,
-    load,
     load_any,
     participates,
-    store,
     sum_partials,
     whole_blocks,
 )
@@ -104,8 +105,8 @@ def grad_sq(
 
 @triton.jit
 def _early_blocks(
-    first, last, xx, xg, gg, x, g, offset, numel, code, MASKED: tl.constexpr, KIND: tl.constexpr,
-    WITH_X: tl.constexpr, BLOCK: tl.constexpr,
+    first, last, xx, xg, gg, x, remainder, g, offset, numel, flags, MASKED: tl.constexpr,
+    KIND: tl.constexpr, X_KIND: tl.constexpr, WITH_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     for i in range(first, last):
         at = offset + i * BLOCK
@@ -113,10 +114,12 @@ def _early_blocks(
             mask = tl.arange(0, BLOCK) < numel - i * BLOCK
         else:
             mask = None
+        code = (flags >> GRAD_SHIFT) & 3
         grad = load_any(g, at, mask, code, KIND, not MASKED, BLOCK).to(tl.float64)
         gg += grad * grad
         if WITH_X:
-            param = load(x, at, mask, tl.float32, not MASKED, BLOCK).to(tl.float64)
+            of_x = (flags >> REMAINDER_SHIFT) & 1
+            param = load_x(x, remainder, at, mask, of_x, X_KIND, not MASKED, BLOCK).to(tl.float64)
             xx += param * param
             xg += param * grad
     return xx, xg, gg
@@ -131,6 +134,8 @@ def early_pass(
     active,
     partials,
     WITH_X: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    X_KIND: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -142,18 +147,22 @@ def early_pass(
     takes_part = participates(active, None, tl.load(chunk + PARAM))
     numel = tl.where(takes_part, tl.load(chunk + NUMEL), 0)
     offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
-    g, code = tl.load(segment + GRAD * num_segments), (flags >> GRAD_SHIFT) & 3
-    x = tl.load(segment + X * num_segments)
+    g, x = tl.load(segment + GRAD * num_segments), tl.load(segment + X * num_segments)
+    remainder = x
+    if X_KIND:
+        remainder = tl.load(segment + (STATE + NUM_STATES) * num_segments)
     fast, every = whole_blocks(flags, numel, BLOCK)
     xx = tl.zeros([BLOCK], tl.float64)
     xg = tl.zeros([BLOCK], tl.float64)
     gg = tl.zeros([BLOCK], tl.float64)
     xx, xg, gg = _early_blocks(
-        0, fast, xx, xg, gg, x, g, offset, numel, code, False, KIND, WITH_X, BLOCK
-    )
+        0, fast, xx, xg, gg, x, remainder, g, offset, numel, flags, False, KIND, X_KIND, WITH_X,
+        BLOCK,
+    )  # fmt: skip
     xx, xg, gg = _early_blocks(
-        fast, every, xx, xg, gg, x, g, offset, numel, code, True, KIND, WITH_X, BLOCK
-    )
+        fast, every, xx, xg, gg, x, remainder, g, offset, numel, flags, True, KIND, X_KIND, WITH_X,
+        BLOCK,
+    )  # fmt: skip
     tl.store(partials + at, tl.sum(xx))
     tl.store(partials + num_chunks + at, tl.sum(xg))
     tl.store(partials + 2 * num_chunks + at, tl.sum(gg))
@@ -186,6 +195,7 @@ def history(
     active,
     partials,
     NUM_STATES: tl.constexpr,
+    STATE_KIND: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -205,13 +215,15 @@ def history(
         count += _nonzero(load_any(g, at_i, mask, code, KIND, False, BLOCK))
         for k in tl.static_range(NUM_STATES):
             state = tl.load(segment + (STATE + k) * num_segments)
-            count += _nonzero(load(state, at_i, mask, tl.float32, False, BLOCK))
+            narrow = (flags >> NARROW_SHIFT) & 1
+            count += _nonzero(load_state(state, at_i, mask, narrow, STATE_KIND, False, BLOCK))
     tl.store(partials + at, tl.sum(count))
 
 
 @jit()
 def erase(
-    chunks, segments, num_segments, steps, NUM_STATES: tl.constexpr, BLOCK: tl.constexpr
+    chunks, segments, num_segments, steps, NUM_STATES: tl.constexpr, STATE_KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Zero states again where a step did not count: L2 decay has entered them."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * CHUNK_COLUMNS
@@ -219,12 +231,15 @@ def erase(
     erased = tl.load(steps + tl.load(chunk + PARAM) * STEP_COLUMNS + ERASED) > 0
     offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
     numel = tl.where(erased, tl.load(chunk + NUMEL), 0)
+    narrow = (tl.load(segment + FLAGS * num_segments) >> NARROW_SHIFT) & 1
     zero = tl.zeros([BLOCK], tl.float32)
     for i in range(0, (numel + BLOCK - 1) // BLOCK):
         mask = tl.arange(0, BLOCK) < numel - i * BLOCK
         for k in tl.static_range(NUM_STATES):
             state = tl.load(segment + (STATE + k) * num_segments)
-            store(state, offset + i * BLOCK, zero, mask, tl.float32, False, BLOCK)
+            at = offset + i * BLOCK
+            none = tl.zeros([BLOCK], tl.int32)
+            store_state(state, at, zero, none, 0, mask, narrow, STATE_KIND, False, BLOCK)
 
 
 #: Whether the kernels run in Triton's interpreter, on the CPU.

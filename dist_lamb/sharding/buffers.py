@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
@@ -11,20 +11,27 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..kernels.segments import Segment
+from ..elements import Elements
+from ..kernels.segments import Segment, segment
 from ..rules import RULES, Rule
 from ..state import (
     MASTER,
+    REMAINDER,
+    Formats,
     as_laid_out,
+    converted,
     flat_row,
-    is_dense,
+    joined,
     refresh_master,
+    refresh_remainder,
+    split_into,
     state_dtype,
     states_of,
 )
 from .comm import Comm
-from .layout import TILE, Extent, Layout, ParamSpec
+from .layout import TILE, Extent, Layout
 from .settings import Settings
+from .shards import Bank, OwnedRange, Shard, Staging, flat_of, rows_of, spec_of
 
 #: Fills the gradient of a param that has none on a rank. A sum of floats is -0.0 only if every
 #: term is, so after the reduce-scatter a -0.0 in the first element of a tile says that no rank had
@@ -32,57 +39,9 @@ from .settings import Settings
 ABSENT = -0.0
 #: What :meth:`FlatBuffers.gather_state` calls the gradients.
 GRADS = "grads"
-#: dtype of params and names of their states
-_Kind: TypeAlias = tuple[torch.dtype, tuple[str, ...]]
+#: dtype of params, and names and dtypes of their states
+_Kind: TypeAlias = tuple[torch.dtype, tuple[tuple[str, torch.dtype], ...]]
 _GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
-
-
-def spec_of(name: str, p: Tensor) -> ParamSpec:
-    """Params keep their memory format in the buffer (channels_last stays so); gaps are closed."""
-    stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
-    return ParamSpec(name=name, shape=tuple(p.shape), stride=tuple(stride), dtype=str(p.dtype))
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """This rank's shards of all buckets of one dtype and one set of states, one after the other:
-    [tiles, TILE] each."""
-
-    grads: Tensor
-    states: dict[str, Tensor]  # by name; a master only where the params have less precision
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's shard of one bucket: [tiles_per_shard, TILE] views."""
-
-    params: Tensor  # a part of the whole bucket of params
-    grads: Tensor  # the mean over ranks, in the dtype it is kept in
-    states: dict[str, Tensor]
-    tiles: int  # how many of them are some param's; the rest is padding
-
-
-@dataclass(frozen=True)
-class _Staging:
-    """Where a bucket's gradients are put together to be sent."""
-
-    members: tuple[int, ...]  # the bucket's params
-    params: list[Tensor]  # these
-    tiles: Tensor  # [tiles, TILE], padded to all ranks' shards
-    first: Tensor  # the first element of each tile
-    slots: list[Tensor]  # of each param: a view shaped and strided as it is
-    rows: list[Tensor]  # its tiles
-    padding: list[Tensor]  # what belongs to no param
-    zeros: list[Tensor]  # as much of them as there is padding
-
-
-@dataclass(frozen=True)
-class OwnedRange:
-    """What a rank holds of a param: elements from ``start`` on, in the param's memory order."""
-
-    start: int
-    views: dict[str, Tensor]  # "param" and its states: 1-D views, all of one length
-    whole: ParamSpec
 
 
 class FlatBuffers:
@@ -100,10 +59,17 @@ class FlatBuffers:
         reduce_dtype: torch.dtype | None = None,
         summed: bool = False,
         rules: Sequence[Rule] | None = None,
+        formats: Sequence[Formats] | None = None,
     ) -> None:
         self.layout = layout
         #: by param
         self.rules = list(rules or repeat(RULES["lamb"], len(params)))
+        self.formats = list(formats or repeat(Formats(), len(params)))
+        #: by param, {name of a state: its dtype}
+        self._stored = [
+            states_of(p.dtype, rule, own)
+            for p, rule, own in zip(params, self.rules, self.formats, strict=True)
+        ]
         self._extents = layout.extents(comm.rank)
         # At most one each: a param is in one bucket, and a shard of that is contiguous.
         self._extent_of = {extent.param: extent for extent in self._extents}
@@ -121,13 +87,14 @@ class FlatBuffers:
             for i, first in zip(bucket.params, bucket.first_tiles):
                 spec = layout.params[i]
                 self._slots[i] = whole.as_strided(spec.shape, spec.stride, first * TILE)
+        self.shards: list[Shard] = []
         self.adopt_params()
         self.banks = self._make_banks()
         self.shards = list(self._make_shards())
         for s in self.shards:
             if MASTER in s.states:
                 s.states[MASTER].copy_(s.params)
-        self._staging: dict[int, _Staging] = {}
+        self._staging: dict[int, Staging] = {}
         self._staging_memory: dict[tuple[torch.dtype, int], Tensor] = {}
         self._taken: list[tuple[Tensor, Tensor]] | None = None
         #: by dtype: params, the bank's gradients, the first tile there of each param
@@ -142,19 +109,21 @@ class FlatBuffers:
     def of(
         named: Sequence[tuple[str, Tensor]],
         rule_of: Mapping[Tensor, Rule],
+        formats_of: Mapping[Tensor, Formats],
         comm: Comm,
         settings: Settings,
     ) -> FlatBuffers:
         """Buffers of these params, bucketed from the last to the first."""
         params = [p for _, p in named]
-        rules = [rule_of[p] for p in params]
+        rules, formats = [rule_of[p] for p in params], [formats_of[p] for p in params]
+        stored = map(states_of, (p.dtype for p in params), rules, formats)
         specs = [
-            replace(spec_of(name, p), states=tuple(rule.states))
-            for (name, p), rule in zip(named, rules)
+            replace(spec_of(name, p), states=tuple(f"{n} {dtype}" for n, dtype in own.items()))
+            for (name, p), own in zip(named, stored)
         ]
         layout = Layout.plan(specs, comm.world_size, settings.bucket_numel)
         summed = settings.accumulate == "sharded"
-        return FlatBuffers(layout, params, comm, settings.reduce_dtype, summed, rules)
+        return FlatBuffers(layout, params, comm, settings.reduce_dtype, summed, rules, formats)
 
     def _zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=self.device)
@@ -162,21 +131,19 @@ class FlatBuffers:
     def _kind(self, n: int) -> _Kind:
         """What the params of bucket ``n`` have in common."""
         dtype = self.buckets[n].dtype
-        return dtype, states_of(dtype, self.rules[self.layout.buckets[n].params[0]])
+        return dtype, tuple(self._stored[self.layout.buckets[n].params[0]].items())
 
-    def _make_banks(self) -> dict[_Kind, _Bank]:
+    def _make_banks(self) -> dict[_Kind, Bank]:
         tiles: dict[_Kind, int] = {}
         for n, b in enumerate(self.layout.buckets):
             kind = self._kind(n)
             tiles[kind] = tiles.get(kind, 0) + b.tiles_per_shard
         banks = {}
-        for (dtype, names), count in tiles.items():
+        for (dtype, stored), count in tiles.items():
             kept = state_dtype(dtype) if self._summed else self._travelling_dtype(dtype)
             grads = self._zeros(count * TILE, kept).view(-1, TILE)
-            states = {
-                name: self._zeros(count * TILE, state_dtype(dtype)).view(-1, TILE) for name in names
-            }
-            banks[dtype, names] = _Bank(grads, states)
+            states = {name: self._zeros(count * TILE, own).view(-1, TILE) for name, own in stored}
+            banks[dtype, stored] = Bank(grads, states)
         return banks
 
     def _travelling_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -206,11 +173,12 @@ class FlatBuffers:
         found = []
         for e in self._extents:
             shard = self.shards[e.bucket]
-            grad, params = _rows(shard.grads, e), _rows(shard.params, e)
-            states = {name: _rows(state, e) for name, state in shard.states.items()}
-            own, master = tuple(states[n] for n in self.rules[e.param].states), states.get(MASTER)
-            x, copy = (params, None) if master is None else (master, params)
-            found.append(Segment(index_of[e.param], grad, x, own, copy))
+            grad, params = rows_of(shard.grads, e), rows_of(shard.params, e)
+            states = {name: rows_of(state, e) for name, state in shard.states.items()}
+            spec, rule = self.layout.params[e.param], self.rules[e.param]
+            elements = Elements.of(spec.shape, spec.stride).from_(e.param_start)
+            of = index_of[e.param], grad, params, states, rule, self.formats[e.param], elements
+            found.append(segment(*of))
         return found
 
     # --- params ----------------------------------------------------------------------------------
@@ -231,8 +199,9 @@ class FlatBuffers:
                     f"{slot.device} and is now {tuple(p.shape)} {p.dtype} on {p.device}; make a "
                     "new optimizer after changing the model"
                 )
-            moved.append((p, slot))
-        for p, slot in moved:
+            moved.append((i, p, slot))
+        for i, p, slot in moved:
+            self._clear_remainder(i, p.detach())
             slot.copy_(p.detach())
             p.data = slot
 
@@ -241,11 +210,24 @@ class FlatBuffers:
         for i, slot in self._slots.items():
             self.params[i].data = slot.clone()
 
+    def _clear_remainder(self, i: int, new: Tensor) -> None:
+        """Where param i's new values are not those that lie in its bucket."""
+        remainder = self.local_state(i).get(REMAINDER) if self.shards else None
+        if remainder is not None:
+            refresh_remainder(remainder, self._own_part(i, new), self._own_part(i, self._slots[i]))
+
+    def _own_part(self, i: int, whole: Tensor) -> Tensor:
+        """This rank's elements of a tensor shaped like param i, 1-D in memory order."""
+        extent, memory = self._extent_of.get(i), flat_row(as_laid_out(whole, self._slots[i]))[0]
+        return memory[:0] if extent is None else memory[extent.param_start :][: extent.numel]
+
     def refresh_masters(self) -> None:
         """Take over what is no longer the masters' own rounding."""
         for s in self.shards:
             if MASTER in s.states:
                 refresh_master(s.states[MASTER], s.params)
+            if REMAINDER in s.states:
+                refresh_remainder(s.states[REMAINDER], s.params)
 
     # --- gradients -------------------------------------------------------------------------------
 
@@ -281,7 +263,7 @@ class FlatBuffers:
             row.fill_(ABSENT)
         return staging.tiles, present
 
-    def _make_staging(self, bucket: int, slot: int) -> _Staging:
+    def _make_staging(self, bucket: int, slot: int) -> Staging:
         """The buckets that take turns in a slot share its memory."""
         whole, b = self.buckets[bucket], self.layout.buckets[bucket]
         dtype = self._travelling_dtype(whole.dtype)
@@ -303,7 +285,7 @@ class FlatBuffers:
         # in the dtype of the gradients: all are copied at once
         zero = self._zeros(max(map(len, padding), default=0), whole.dtype)
         tiles = flat.view(-1, TILE)
-        return _Staging(
+        return Staging(
             tuple(b.params),
             [self.params[j] for j in b.params],
             tiles,
@@ -335,7 +317,7 @@ class FlatBuffers:
 
     def _taking(self, extent: Extent) -> tuple[Tensor, Tensor]:
         """The tiles of a extent's gradient, and these shaped as the gradient or its piece is."""
-        rows = _rows(self.shards[extent.bucket].grads, extent)
+        rows = rows_of(self.shards[extent.bucket].grads, extent)
         spec, flat = self.layout.params[extent.param], rows.view(-1)[: extent.numel]
         if extent.numel != spec.numel:
             return rows, flat
@@ -348,12 +330,12 @@ class FlatBuffers:
             self._first_tiles = []
             for kind, bank in self.banks.items():
                 mine = [e for e in self._extents if self._kind(e.bucket) == kind]
-                rows = [_rows(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
+                rows = [rows_of(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
                 at = [torch.tensor(of).to(self.device) for of in ([e.param for e in mine], rows)]
                 self._first_tiles.append((at[0].long(), bank.grads, at[1].long() // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
-        for params, grads, rows_of in self._first_tiles:
-            first = grads[rows_of, 0]
+        for params, grads, at in self._first_tiles:
+            first = grads[at, 0]
             found[params] = ~((first == 0) & torch.signbit(first))
         return found
 
@@ -365,42 +347,46 @@ class FlatBuffers:
             mean = means.get(self.params[e.param])
             if mean is not None:
                 memory = flat_row(as_laid_out(mean, self._slots[e.param]))[0]
-                _flat(self.shards[e.bucket].grads, e).copy_(memory[e.param_start :][: e.numel])
+                flat_of(self.shards[e.bucket].grads, e).copy_(memory[e.param_start :][: e.numel])
 
     # --- state -----------------------------------------------------------------------------------
 
     def local_state(self, i: int) -> dict[str, Tensor]:
         """This rank's part of each state of param i, 1-D in memory order: views, maybe empty."""
-        extent, dtype = self._extent_of.get(i), self.params[i].dtype
+        extent = self._extent_of.get(i)
         if extent is None:
-            return {
-                name: self._zeros(0, state_dtype(dtype)) for name in states_of(dtype, self.rules[i])
-            }
+            return {name: self._zeros(0, dtype) for name, dtype in self._stored[i].items()}
         states = self.shards[extent.bucket].states
-        return {name: _flat(states[name], extent) for name in states_of(dtype, self.rules[i])}
+        return {name: flat_of(states[name], extent) for name in self._stored[i]}
 
     def owned(self, i: int) -> OwnedRange:
         """This rank's part of param i itself and of its states."""
         extent, start, own = self._extent_of.get(i), 0, self._zeros(0, self.params[i].dtype)
         if extent is not None:
-            start, own = extent.param_start, _flat(self.shards[extent.bucket].params, extent)
+            start, own = extent.param_start, flat_of(self.shards[extent.bucket].params, extent)
         return OwnedRange(start, {"param": own, **self.local_state(i)}, self.layout.params[i])
 
     def load_state(self, i: int, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's part of param i's state out of whole tensors, shaped like the param.
 
-        Moments that are not given are zero, and a master is the param's present value.
+        Moments that are not given are zero, and a master is the param's present value. State in
+        another format is converted; a master that becomes a remainder is rounded into the param,
+        on every rank.
         """
-        extent = self._extent_of.get(i)
-        if extent is None:
+        if i not in self._slots:
             return
-        for name, part in self.local_state(i).items():
-            value = whole.get(name, self._slots[i] if name == MASTER else None)
+        slot, own = self._slots[i], self.local_state(i)
+        if REMAINDER in own and REMAINDER not in whole and MASTER in whole:
+            master = as_laid_out(whole[MASTER].to(slot.device), slot)
+            whole = {**whole, REMAINDER: split_into(slot, master)}
+        for name, part in own.items():
+            value = whole.get(name)
+            if value is None and name == MASTER:
+                value = joined(slot, whole[REMAINDER]) if REMAINDER in whole else slot
             if value is None:
                 part.zero_()
             else:
-                memory = flat_row(as_laid_out(value, self._slots[i]))[0]
-                part.copy_(memory[extent.param_start :][: extent.numel])
+                part.copy_(converted(self._own_part(i, value), part.dtype))
 
     def gather_state(self, name: str, keep: bool) -> dict[int, Tensor]:
         """Whole tensors of one state on the CPU, by param; a collective, bucket by bucket.
@@ -413,20 +399,11 @@ class FlatBuffers:
             if shard is None:
                 continue
             whole = self._zeros(shard.numel() * self._comm.world_size, shard.dtype)
-            self._comm.all_gather(whole, shard.contiguous())
+            # gloo has no 16-bit integers
+            as_sent = torch.uint8 if shard.dtype == torch.int16 else shard.dtype
+            self._comm.all_gather(whole.view(as_sent), shard.contiguous().view(as_sent))
             for i in bucket.params if keep else ():
                 slot = self._slots[i]
                 at = whole.as_strided(slot.shape, slot.stride(), slot.storage_offset())
                 found[i] = at.to("cpu", copy=True)
         return found
-
-
-def _rows(shard: Tensor, extent: Extent) -> Tensor:
-    """The tiles of a shard that an extent fills, the last one perhaps in part."""
-    first = extent.shard_start // TILE
-    return shard[first : first + -(-extent.numel // TILE)]
-
-
-def _flat(shard: Tensor, extent: Extent) -> Tensor:
-    """The elements of a shard that are an extent's."""
-    return _rows(shard, extent).view(-1)[: extent.numel]

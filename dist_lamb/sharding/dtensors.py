@@ -6,12 +6,13 @@ Every function takes a plain tensor too, and then has nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _torch_private
+from ..elements import Elements
 from .comm import ProcessGroup, is_dtensor
 
 if TYPE_CHECKING:
@@ -46,6 +47,14 @@ def wrapped(local: Tensor, like: Tensor) -> Tensor:
     return _torch_private.wrap_local(whole, local)  # type: ignore[no-any-return]
 
 
+def full_of(value: DTensor) -> Tensor:
+    """The whole tensor, on every rank; a collective. No backend sends 16-bit integers as such."""
+    if value.dtype != torch.int16:
+        return value.full_tensor()
+    as_sent: Any = wrapped(local_of(value).view(torch.bfloat16), value)
+    return as_sent.full_tensor().view(torch.int16)  # type: ignore[no-any-return]
+
+
 def piece_of(value: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of ``value``, a whole tensor or a DTensor, were it sharded as ``like`` is.
 
@@ -54,7 +63,7 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
     if is_dtensor(value):
         if is_dtensor(like) and _same_sharding(value, like):
             return local_of(value)
-        value = value.full_tensor()
+        value = full_of(value)
     if is_dtensor(like):
         # What DTensor tells torch.distributed.checkpoint: right for FSDP over TP as well, where
         # the placements alone do not say which axis cuts first.
@@ -62,6 +71,15 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes)):
                 value = value.narrow(dim, min(offset, value.shape[dim]), size)
     return value
+
+
+def elements_of(p: Tensor, local: Tensor) -> Elements:
+    """Which elements of ``p`` its local memory holds, as ``local`` lays them out."""
+    if not is_dtensor(p) or not local.numel():
+        return Elements.of(local.shape, local.stride())
+    # as in piece_of: right for FSDP over TP as well
+    (chunk,) = p.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return Elements.of(local.shape, local.stride(), p.shape, chunk.offsets)
 
 
 def placed_as(grad: Tensor, like: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Contender:
     nbytes: int = 40
     is_lamb: bool = True
     rule: str = "lamb"  # whose reference it must agree with
+    #: how it stores its states, and the reference too
+    formats: Mapping[str, str] = field(default_factory=dict)
     needs: str | None = None  # a module
     only_cuda: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -83,9 +85,11 @@ class Contender:
         return self.nbytes + (0 if clip is None else 2 if half else 4)
 
 
-def _ours(cls: Any, impl: str, rule: str = "lamb") -> Callable[[list[Tensor], float | None], Any]:
+def _ours(
+    cls: Any, impl: str, rule: str = "lamb", **formats: str
+) -> Callable[[list[Tensor], float | None], Any]:
     options: dict[str, Any] = {"stage": 1} if cls is ShardedLamb else {}
-    options["rule"] = rule
+    options |= {"rule": rule, **formats}
 
     def make(params: list[Tensor], max_grad_norm: float | None) -> Any:
         return cls(
@@ -123,12 +127,35 @@ RULE_NBYTES = {
     "adamw": 28,
     "adagrad": 20,
 }
+#: (name, formats, dtypes, bytes a param that a step must move without clip)
+FORMATS: list[tuple[str, dict[str, str], tuple[torch.dtype, ...], int]] = [
+    ("bf16 states", {"state_format": "bfloat16"}, (torch.float32, torch.bfloat16), 28),
+    ("nearest states", {"state_format": "bfloat16-nearest"}, (torch.float32,), 28),
+    ("remainders", {"master": "remainder"}, (torch.bfloat16,), 38),
+    (
+        "all narrow",
+        {"state_format": "bfloat16", "master": "remainder"},
+        (torch.bfloat16,),
+        26,
+    ),
+]
 CONTENDERS = (
     Contender(name="eager loop", make=EagerLoop, dtypes=FLOAT32, nbytes=136),
     Contender(name="Lamb reference", make=_ours(Lamb, "reference"), nbytes=136),
     Contender(name="Lamb foreach", make=_ours(Lamb, "foreach"), nbytes=136),
     Contender(name="Lamb compiled", make=_ours(Lamb, "compiled")),
     Contender(name="Lamb triton", make=_ours(Lamb, "triton"), only_cuda=True),
+    *(
+        Contender(
+            name=f"Lamb triton, {name}",
+            make=_ours(Lamb, "triton", **formats),
+            only_cuda=True,
+            dtypes=dtypes,
+            nbytes=nbytes,
+            formats=formats,
+        )
+        for name, formats, dtypes, nbytes in FORMATS
+    ),
     Contender(name="ShardedLamb compiled", make=_ours(ShardedLamb, "compiled"), nbytes=48),
     Contender(
         name="ShardedLamb triton", make=_ours(ShardedLamb, "triton"), only_cuda=True, nbytes=48

@@ -139,11 +139,12 @@ def _measure(
             except Exception as error:  # a peer that does not run here is not our failure
                 why = f"{type(error).__name__}: {error}"
         if why is None:
-            if contender.is_lamb and contender.rule != known:
-                known, expected = contender.rule, _fresh(shapes, device, dtype)
+            if contender.is_lamb and (contender.rule, contender.formats) != known:
+                known = contender.rule, contender.formats
+                expected = _fresh(shapes, device, dtype)
                 reference = Lamb(
                     expected, LR, BETAS, EPS, WEIGHT_DECAY, impl="reference", max_grad_norm=clip,
-                    rule=known,
+                    rule=contender.rule, **contender.formats,
                 )  # fmt: skip
                 _take_gate_steps(reference, expected)
                 del reference

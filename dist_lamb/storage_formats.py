@@ -1,0 +1,130 @@
+"""How float32 numbers are stored in fewer bits: the arithmetic, on int32 patterns.
+
+=============  =================================================================================
+a moment       bfloat16, rounded at random so that the mean of many roundings is the number
+               itself (or to nearest, which lets ``v <- 0.999 v`` stand still)
+a master       a bfloat16 param and 16 bits more: the param is the master rounded to nearest,
+               half away from zero, and the master is their sum as patterns
+=============  =================================================================================
+
+One source for tensors and for Triton: only ``+ * ^ & | >> <<`` and comparisons of int32, and the
+three names ``bits``, ``real`` and ``where``, of which Triton has its own. Integers, because a
+backend must not choose how to round. ``>>`` of int32 copies the sign, hence the masks after it;
+``*`` and ``+`` wrap around.
+
+Random bits are a hash of (element of the whole param, the param's own step): of no position in a
+buffer, shard or launch, so the same bits come out however the param is sharded. The mixing function
+is lowbias32 of Chris Wellons' hash-prospector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def bits(x: Any) -> Any:
+    """The int32 pattern of a float32."""
+    return x.view(torch.int32)
+
+
+def real(b: Any) -> Any:
+    """The float32 of an int32 pattern."""
+    return b.view(torch.float32)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    return torch.where(condition, a, b)
+
+
+# --- random bits ----------------------------------------------------------------------------------
+
+
+def mixed(x: Any) -> Any:
+    """int32 -> int32, a bijection under which every bit of ``x`` matters to every bit."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def seed_of(step: Any, pair: Any) -> Any:
+    """int32, of a param's own step and of which two of its states the bits are for."""
+    return mixed(mixed(step) + pair)
+
+
+def random_bits(low: Any, high: Any, seed: Any) -> Any:
+    """32 bits for an element, whose int64 number has the halves ``low`` and ``high``."""
+    return mixed(low ^ (seed + high * -0x61C88647))
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+def bfloat16_at_random(x: Any, r: Any) -> Any:
+    """float32 -> the pattern of a bfloat16, int32 with the sign copied.
+
+    Of the 65,536 values of ``r`` as many give the larger neighbour as ``x`` is near to it. What is
+    finite stays finite, inf stays inf, NaN stays NaN.
+    """
+    b = bits(x)
+    magnitude = b & 0x7FFFFFFF
+    # From the largest bfloat16 on nothing is added: it would give inf, and of a NaN anything.
+    h = (b + where(magnitude < 0x7F7F0000, r & 0xFFFF, 0)) >> 16
+    return where(magnitude > 0x7F800000, h | 0x40, h)
+
+
+def bfloat16_to_nearest(x: Any) -> Any:
+    """As :func:`bfloat16_at_random`, to the nearest, and to the even one of two."""
+    return bfloat16_at_random(x, ((bits(x) >> 16) & 1) + 0x7FFF)
+
+
+def of_bfloat16(h: Any) -> Any:
+    """The float32 of a bfloat16's pattern."""
+    return real(h << 16)
+
+
+# --- a bfloat16 param and the remainder of its master ---------------------------------------------
+
+
+def param_of(x: Any) -> Any:
+    """A float32 master -> the pattern of its bfloat16 param: nearest, half away from zero.
+
+    It is inf for those 32,768 masters of either sign that are nearer to inf than to the largest
+    bfloat16, and a quiet NaN for every NaN.
+    """
+    b = bits(x)
+    return where((b & 0x7FFFFFFF) > 0x7F800000, (b >> 16) | 0x40, (b + 0x8000) >> 16)
+
+
+def remainder_of(x: Any) -> Any:
+    """A float32 master less its param, as patterns: int32 in [-32768, 32767], 0 of a NaN.
+
+    Its sign tells whether the param was rounded away from zero.
+    """
+    b = bits(x)
+    return where((b & 0x7FFFFFFF) > 0x7F800000, 0, ((b + 0x8000) & 0xFFFF) - 0x8000)
+
+
+def master_of(h: Any, remainder: Any) -> Any:
+    """The float32 master of a param's pattern and a remainder.
+
+    Exact for what the two functions above give; any other remainder (the param was written to
+    since) changes no number into NaN, and no param by more than half its last place.
+    """
+    x = real((h << 16) + remainder)
+    return where(x == x, x, real(h << 16))
+
+
+# --- whole tensors --------------------------------------------------------------------------------
+
+
+def pattern(t: Tensor) -> Tensor:
+    """The patterns of a bfloat16 tensor, int32."""
+    return t.view(torch.int16).to(torch.int32)
+
+
+def as_bfloat16(h: Tensor) -> Tensor:
+    """bfloat16 of these patterns."""
+    return h.to(torch.int16).view(torch.bfloat16)
