@@ -1,7 +1,8 @@
 """BERT masked-language-model pretraining with LAMB.
 
     torchrun --standalone --nproc-per-node 2 launch/pretrain.py configs/quickstart.toml
-    python launch/pretrain.py configs/quickstart.toml --set optim.lr=1e-2 train.steps=100
+    python launch/pretrain.py configs/quickstart.toml --optim.lr 1e-2 --train.steps 100
+    python launch/pretrain.py --help
 
 The run directory receives ``run.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
 ``checkpoints/step-<n>`` and ``curves.png``.
@@ -19,7 +20,6 @@ without that report.)
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -42,7 +42,7 @@ if __name__ == "__main__":
         sys.exit(f"pretrain: error: {error}")
 
 import torch
-from pretraining import checkpoint, curves, telemetry
+from pretraining import checkpoint, command_line, curves, telemetry
 from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, to_device
 from pretraining.config import ConfigError, PretrainConfig, load_config
 from pretraining.engine_base import Engine
@@ -178,7 +178,7 @@ class _Loop:
         self._tensors: telemetry.TensorsLog | None = None
         self._noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
         self._first_step = first_step
-        self._pending: list[tuple[int, Tensor, float, int]] = []
+        self._pending: list[tuple[int, Tensor, Tensor | None, float, int]] = []
         self._skipped = SkippedSteps(config.train.max_skipped_in_a_row, engine.skipped_steps())
         self.restart_clock()
 
@@ -206,10 +206,11 @@ class _Loop:
         # Its all-reduce runs while the optimizer works.
         flag, agreement = self._ranks.stopping(bool(self._request.signal))
         engine.step()
+        norm = engine.grad_norm()
         if noise:
-            noise.update(engine.optimizer.grad_norm())
+            noise.update(norm)
         self._scheduler.step()
-        self._pending.append((step, total, lr, batches.position))
+        self._pending.append((step, total, norm, lr, batches.position))
         self._skipped.add(step, engine.skipped_steps())
         if step % config.log_every == 0 or step == config.steps or self._skipped.too_many():
             self.flush()
@@ -224,7 +225,9 @@ class _Loop:
         """
         if not self._pending:
             return
-        losses = self._ranks.mean(torch.stack([loss for _, loss, _, _ in self._pending]))
+        losses = self._ranks.mean(torch.stack([loss for _, loss, *_ in self._pending]))
+        nan = losses.new_full((), torch.nan)
+        norms = torch.stack([nan if norm is None else norm for _, _, norm, *_ in self._pending])
         counted = self._skipped.take()
         seconds = time.monotonic() - self._clock
         tokens = len(self._pending) * self._config.train.global_batch * self._config.data.seq_len
@@ -236,10 +239,11 @@ class _Loop:
                 tokens / seconds,
                 samples,
                 skipped_steps=count.total,
+                grad_norm=norm if math.isfinite(norm) else None,
                 model_flops_per_s=tokens / seconds * self._flops,
             )
-            for (step, _, lr, samples), loss, count in zip(
-                self._pending, losses.tolist(), counted, strict=True
+            for (step, _, _, lr, samples), loss, norm, count in zip(
+                self._pending, losses.tolist(), norms.tolist(), counted, strict=True
             )
         ]
         trust = self._engine.trust_ratios()
@@ -440,6 +444,8 @@ def _describe(
     optim, of = config.optim, config.train
     parameters = sum(p.numel() for p in model.parameters())
     epochs = of.steps * of.global_batch / len(batches.sequences)
+    unused = f"; not used: {', '.join(optim.unused())}" if optim.unused() else ""
+    rule = "" if optim.rule == "lamb" else f"rule: {optim.rule}{unused}\n"
     stage = f", ZeRO stage {optim.stage}" if optim.engine == "sharded" else ""
     return (
         f"model: BERT with {compact(parameters)} parameters\n"
@@ -447,6 +453,7 @@ def _describe(
         f"{torch.get_num_threads()} threads a rank\n"
         f"batch: {of.global_batch} sequences of {config.data.seq_len} tokens, "
         f"{batches.micro_batches} micro-batches of {batches.micro_batch} a rank\n"
+        f"{rule}"
         f"schedule: {of.steps} steps ({epochs:.2f} epochs), lr {_scaled_lr(config):.3g} after "
         f"{_warmup_steps(config, len(batches.sequences))} steps of warm-up, then linear to 0"
     )
@@ -472,28 +479,11 @@ def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
     )
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="BERT pretraining with LAMB, on as many ranks as torchrun starts."
-    )
-    parser.add_argument("config", help="a TOML file, e.g. configs/quickstart.toml")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="settings that replace those of the file",
-    )
-    return parser.parse_args(argv)
-
-
 @record
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = _arguments(argv)
+    about = "BERT pretraining with LAMB, on as many ranks as torchrun starts."
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(*command_line.parse(argv, about))
         with started(config.train) as ranks, checkpoint.claimed(config.run_dir, ranks):
             train(config, ranks)
     except (ConfigError, CorpusError, Diverged, CheckpointError, LogError) as error:

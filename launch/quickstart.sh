@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing, then trains a small BERT on two CPU ranks: launch/quickstart.sh
-# Arguments go to launch/pretrain.py, e.g. --set optim.lr=5e-3 train.run_dir=runs/slower
+# Arguments go to launch/pretrain.py, e.g. --optim.lr 5e-3 --train.run_dir runs/slower
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

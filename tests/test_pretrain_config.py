@@ -55,7 +55,7 @@ def test_defaults_and_types(write) -> None:
     assert type(config.optim.lr) is float
     assert config.optim.betas == (0.8, 0.0)
     assert config.optim.engine == "sharded"
-    assert config.optim.nonfinite == config.optim.lamb_options()["nonfinite"] == "skip"
+    assert config.optim.nonfinite == config.optim.options()["nonfinite"] == "skip"
     assert config.train.max_skipped_in_a_row == 10
     assert config.run_dir == Path("runs/run")
     assert json.loads(json.dumps(config.as_dict()))["data"]["seq_len"] == 32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,3 +85,18 @@ def test_files_have_one_idea_each() -> None:
         if (lines := len(path.read_text().splitlines())) > 450
     }
     assert not long
+
+
+def test_importing_it_is_cheap() -> None:
+    """Nothing is a DTensor before somebody imports the module, which takes longer than all else."""
+    program = (
+        "import sys, torch; before = set(sys.modules); import dist_lamb; "
+        "print(*{name.split('.')[0] for name in sys.modules if name not in before}, "
+        "'torch.distributed.tensor' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *loaded, tensor = done.stdout.split()
+    assert tensor == "False"
+    assert not {"sympy", "triton", "deepspeed"} & set(loaded), loaded

@@ -284,7 +284,8 @@ def stage(tensors: dict[str, Any], buffer: Tensor | None) -> Staged:
             elif is_dtensor(whole):
                 # A rank outside the mesh has no coordinate, and holds nothing.
                 if whole.device_mesh.get_coordinate() is not None:
-                    parts = {tuple(c.offsets): copy for c in whole.__create_chunk_list__()}
+                    chunks = whole.__create_chunk_list__()  # type: ignore[no-untyped-call]
+                    parts = {tuple(c.offsets): copy for c in chunks}
                     copies[key] = LocalBoxes(whole.shape, whole.dtype, parts)
             else:
                 copies[key] = copy

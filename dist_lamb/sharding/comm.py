@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from .. import _torch_private
+
+if TYPE_CHECKING:
+    # With sympy behind it, this import would take longer than all else of this package.
+    from torch.distributed.tensor import DTensor as DTensor
+    from typing_extensions import TypeIs
 
 ProcessGroup = dist.ProcessGroup
 #: "self": this rank alone, as MPI_COMM_SELF is.
 Group: TypeAlias = ProcessGroup | Literal["self"]
-__all__ = ["Comm", "DTensor", "DeviceMesh", "Group", "ProcessGroup", "host_comm", "is_dtensor"]
+__all__ = ["Comm", "DeviceMesh", "Group", "ProcessGroup", "host_comm", "is_dtensor"]
 
 
 class Comm:
@@ -273,5 +279,10 @@ def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_dtensor(t: Tensor) -> bool:
-    return isinstance(t, DTensor)
+def is_dtensor(t: Tensor) -> TypeIs[DTensor]:
+    kind = type(t)
+    if kind is Tensor or kind is Parameter:
+        return False
+    # Nothing is a DTensor before somebody has imported the module.
+    known = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return known is not None and isinstance(t, known)

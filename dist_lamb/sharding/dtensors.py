@@ -6,19 +6,22 @@ Every function takes a plain tensor too, and then has nothing to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _torch_private
 from ..elements import Elements
-from .comm import DTensor, ProcessGroup, is_dtensor
+from .comm import ProcessGroup, is_dtensor
+
+if TYPE_CHECKING:
+    from .comm import DTensor
 
 
 def local_of(t: Tensor) -> Tensor:
     """This rank's piece of a DTensor, the memory itself; any other tensor as it is."""
-    if not isinstance(t, DTensor):
+    if not is_dtensor(t):
         return t
     local = _torch_private.local_tensor(t)
     # What a functional collective returns has no address until it was waited for.
@@ -28,7 +31,7 @@ def local_of(t: Tensor) -> Tensor:
 
 def local_sharded_as(t: Tensor, like: Tensor) -> Tensor | None:
     """This rank's piece of ``t`` if that is a DTensor sharded as ``like`` is, with an address."""
-    if not isinstance(t, DTensor):
+    if not is_dtensor(t):
         return None
     spec, other = _torch_private.spec(t), _torch_private.spec(like)
     same = spec is other or (spec.placements, spec.mesh) == (other.placements, other.mesh)
@@ -38,7 +41,7 @@ def local_sharded_as(t: Tensor, like: Tensor) -> Tensor | None:
 
 def wrapped(local: Tensor, like: Tensor) -> Tensor:
     """``local`` as this rank's piece of a tensor that is sharded as ``like`` is."""
-    if not isinstance(like, DTensor):
+    if not is_dtensor(like):
         return local
     whole = torch.empty_like(like.detach(), dtype=local.dtype)
     return _torch_private.wrap_local(whole, local)  # type: ignore[no-any-return]
@@ -57,11 +60,11 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
 
     A collective if ``value`` is a DTensor that is sharded in another way.
     """
-    if isinstance(value, DTensor):
-        if isinstance(like, DTensor) and _same_sharding(value, like):
+    if is_dtensor(value):
+        if is_dtensor(like) and _same_sharding(value, like):
             return local_of(value)
         value = full_of(value)
-    if isinstance(like, DTensor):
+    if is_dtensor(like):
         # What DTensor tells torch.distributed.checkpoint: right for FSDP over TP as well, where
         # the placements alone do not say which axis cuts first.
         for chunk in like.__create_chunk_list__():  # type: ignore[no-untyped-call]
@@ -72,7 +75,7 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
 
 def elements_of(p: Tensor, local: Tensor) -> Elements:
     """Which elements of ``p`` its local memory holds, as ``local`` lays them out."""
-    if not isinstance(p, DTensor) or not local.numel():
+    if not is_dtensor(p) or not local.numel():
         return Elements.of(local.shape, local.stride())
     # as in piece_of: right for FSDP over TP as well
     (chunk,) = p.__create_chunk_list__()  # type: ignore[no-untyped-call]
@@ -81,7 +84,7 @@ def elements_of(p: Tensor, local: Tensor) -> Elements:
 
 def placed_as(grad: Tensor, like: Tensor) -> Tensor:
     """A gradient with the placements of its param; a collective where they differ."""
-    if not isinstance(grad, DTensor) or not isinstance(like, DTensor):
+    if not is_dtensor(grad) or not is_dtensor(like):
         return grad
     if grad.placements == like.placements:
         return grad
@@ -101,12 +104,12 @@ class Axis(NamedTuple):
 
 def elsewhere(t: Tensor) -> bool:
     """Whether ``t`` is a DTensor on a mesh of other ranks: this one has no piece of it."""
-    return isinstance(t, DTensor) and t.device_mesh.get_coordinate() is None
+    return is_dtensor(t) and t.device_mesh.get_coordinate() is None
 
 
 def cut_axes(t: Tensor) -> Iterator[Axis]:
     """The axes over which sums over this rank's piece of ``t`` must be added up."""
-    if not isinstance(t, DTensor) or elsewhere(t):
+    if not is_dtensor(t) or elsewhere(t):
         return
     mesh = t.device_mesh
     for axis, placement in enumerate(t.placements):
@@ -129,7 +132,7 @@ def refusal(p: Tensor) -> str | None:
             f"it is a {type(p).__name__} made of several local shards; use a DTensor with a plain "
             "local tensor (torch.distributed.tensor.distribute_tensor, or fully_shard)"
         )
-    if isinstance(p, DTensor) and any(placement.is_partial() for placement in p.placements):
+    if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
         return (
             f"it is a DTensor with placements {p.placements}: no rank has its values before they "
             "are added up; redistribute it to Shard or Replicate"
@@ -139,8 +142,8 @@ def refusal(p: Tensor) -> str | None:
 
 def mismatch(grad: Tensor, p: Tensor) -> str | None:
     """Why ``grad`` cannot be a gradient of ``p``, if they are sharded so; None where it can."""
-    if isinstance(grad, DTensor) != isinstance(p, DTensor):
+    if is_dtensor(grad) != is_dtensor(p):
         return f"the param is a {type(p).__name__}, its gradient a {type(grad).__name__}"
-    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.device_mesh != p.device_mesh:
+    if is_dtensor(grad) and is_dtensor(p) and grad.device_mesh != p.device_mesh:
         return f"the param is on {p.device_mesh}, its gradient on {grad.device_mesh}"
     return None

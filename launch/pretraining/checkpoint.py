@@ -7,6 +7,7 @@ with other ranks than before.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dist_lamb import checkpoint
 from dist_lamb.checkpoint import Checkpoint, CheckpointError
 from pretraining.batches import TrainBatches
-from pretraining.config import ConfigError, PretrainConfig
+from pretraining.config import SECTIONS, ConfigError, PretrainConfig
 from pretraining.engine_base import Engine
 from pretraining.ranks import Ranks
 
@@ -46,6 +47,8 @@ _MAY_CHANGE = frozenset(
         "train.device",
         "train.max_skipped_in_a_row",
         "train.log_every",
+        "train.tensors_every",
+        "train.noise_every",
         "train.eval_every",
         "train.eval_sequences",
         "train.save_every",
@@ -221,12 +224,15 @@ def resume(
 
 
 def _changes(saved: dict[str, dict[str, Any]], own: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return {
-        f"{section}.{key}": f"{saved.get(section, {}).get(key)!r} -> {value!r}"
-        for section, values in own.items()
-        for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
-    }
+    changed = {}
+    for section, values in own.items():
+        # A key that is newer than the checkpoint was as its default is.
+        fields = dataclasses.fields(SECTIONS[section])
+        was = {field.name: field.default for field in fields} | saved.get(section, {})
+        for key, value in values.items():
+            if was[key] != value:
+                changed[f"{section}.{key}"] = f"{was[key]!r} -> {value!r}"
+    return changed
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

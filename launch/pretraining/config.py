@@ -1,4 +1,4 @@
-"""Configuration: a TOML file and ``--set section.key=value``, checked before anything starts.
+"""Configuration: a TOML file and options of the command line, checked before anything starts.
 
 Each section of the file is one frozen dataclass. A field's annotation is its whole check: the type
 is compared, numbers carry their range, choices are ``Literal``. Nothing is ignored: an unknown key,
@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dist_lamb.options import reads
+from dist_lamb.rules import RULES
 
 
 class ConfigError(ValueError):
@@ -68,7 +71,7 @@ class _Section:
             try:
                 value = _converted(hints[field.name], given)
             except ValueError:
-                wanted = _describe(hints[field.name])
+                wanted = describe(hints[field.name])
                 raise _FieldError(
                     field.name, f"must be {wanted}, got {given!r} ({type(given).__name__})"
                 ) from None
@@ -80,13 +83,21 @@ class ModelConfig(_Section):
     """``[model]``: the fields of ``transformers.BertConfig``, by their names there."""
 
     hidden_size: PositiveInt
+    """Width of the layers, in features."""
     num_hidden_layers: PositiveInt
+    """Encoder layers."""
     num_attention_heads: PositiveInt
+    """Attention heads of a layer; must divide hidden_size."""
     intermediate_size: PositiveInt
+    """Width of the feed-forward part of a layer, in features."""
     max_position_embeddings: PositiveInt = 512
+    """Longest sequence of the model, in tokens."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout after embeddings, attention and feed-forward parts, as a share."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of the attention weights, as a share."""
     initializer_range: Positive = 0.02
+    """Standard deviation of the first weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,16 +117,19 @@ class DataConfig(_Section):
     """``stdlib`` = the sources and help texts of the running Python; else a file, a folder or a
     glob of text files."""
     vocab_size: Annotated[int, Range(at_least=256)]
+    """Tokens of the WordPiece vocabulary."""
     seq_len: Annotated[int, Range(at_least=8)]
     """Tokens a sequence, [CLS] and [SEP] included."""
     mask_fraction: Fraction = 0.15
+    """Share of the tokens of a sequence that the model must predict."""
     held_out_fraction: Fraction = 0.05
     """Share of the documents, chosen by their hash, that is never trained on."""
     document_bytes: Annotated[int, Range(at_least=256)] = 65_536
-    """A longer file is cut at line ends into documents of at most this size."""
+    """Bytes; a longer file is cut at line ends into documents of at most this size."""
     tokenizer_bytes: PositiveInt = 268_435_456
-    """The tokenizer is trained on about this much of the training text, chosen by hash."""
+    """Bytes of the training text, chosen by hash, that the tokenizer is trained on."""
     cache_dir: str = "runs/cache"
+    """Folder of tokenized text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +144,26 @@ class OptimConfig(_Section):
     deepspeed: str = ""
     """DeepSpeed's JSON config, for engine deepspeed; empty = ``configs/deepspeed_zero<stage>.json``
     of this repository."""
+    rule: Literal[*RULES] = "lamb"
+    """Of ``dist_lamb.rules``. Options below that it does not have are not used; with ``adamh``,
+    biases and normalization weights take ``adamw``. Each rule has lrs of its own."""
     lr: Positive
-    """At ``base_batch``; scaled by sqrt(train.global_batch / base_batch)."""
+    """Peak of the schedule, at ``base_batch``; scaled by sqrt(train.global_batch / base_batch)."""
     base_batch: PositiveInt
+    """Sequences: the batch that lr and warm-up are meant for."""
     warmup_epochs: NonNegative | None = None
-    """At ``base_batch``; scaled by train.global_batch / base_batch (linear-epoch warm-up)."""
+    """Epochs, at ``base_batch``; scaled by train.global_batch / base_batch (linear-epoch
+    warm-up)."""
     warmup_fraction: Probability | None = None
     """Instead of ``warmup_epochs``: the share of train.steps, not scaled."""
     weight_decay: NonNegative = 0.01
+    """Decoupled, a share of lr times the trust ratio; not of biases and normalization weights."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Decay of the running means of g and g^2, a step."""
     eps: Positive = 1e-6
+    """Added to sqrt(v)."""
     max_grad_norm: NonNegative = 1.0
-    """Of the whole gradient; 0 = no clipping."""
+    """Global L2 norm to which the gradient is clipped; 0 = no clipping."""
     adapt: Literal["all", "decayed"] = "all"
     """Which parameters get a trust ratio: all, as in the paper, or not the biases and normalisation
     weights, as in NVIDIA's recipe. Those never decay."""
@@ -160,15 +182,24 @@ class OptimConfig(_Section):
                 "warmup_epochs", "or warmup_fraction must be given, and only one of the two"
             )
 
-    def lamb_options(self) -> dict[str, Any]:
-        """Options of dist_lamb's optimizers, but for the lr and for weight decay by group."""
-        return {
+    def options(self) -> dict[str, Any]:
+        """Options of dist_lamb's optimizers that the rule has, but for the lr and for weight decay
+        by group."""
+        given = {
+            "rule": self.rule,
             "betas": self.betas,
             "eps": self.eps,
             "max_grad_norm": self.max_grad_norm or None,
             "adapt": self.adapt,
             "nonfinite": self.nonfinite,
         }
+        known = RULES[self.rule]
+        return {name: value for name, value in given.items() if reads(known, name)}
+
+    def unused(self) -> list[str]:
+        """Keys that the rule does not have."""
+        keys = ("betas", "eps", "weight_decay", "adapt")
+        return [key for key in keys if not reads(RULES[self.rule], key)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,13 +207,17 @@ class TrainConfig(_Section):
     """``[train]``: the run."""
 
     steps: PositiveInt
+    """Optimizer steps of the run; the lr reaches 0 at the last one."""
     global_batch: PositiveInt
     """Sequences an optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt
     """At most this many sequences a rank and forward pass."""
     seed: Count = 0
+    """Of weights, order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one."""
     autocast: Literal["none", "bf16"] = "none"
+    """bf16 = forward and backward under torch.autocast."""
     compile: bool = False
     """Compile the encoder layers (torch.compile): about a minute at the start, and again after
     every restart, for some 20 % more tokens/s on a GPU. Other roundings, so other last digits."""
@@ -190,6 +225,7 @@ class TrainConfig(_Section):
     """This many consecutive steps skipped by ``optim.nonfinite`` end the run with an error; 0 =
     never. If log lines are further apart, the counts are read once in this many steps."""
     log_every: PositiveInt = 10
+    """Steps between log lines; every step is in log.jsonl."""
     tensors_every: Count = 0
     """Times ``log_every``: steps between rows of trust ratio, ||x|| and ||u|| of every weight
     matrix in ``tensors.jsonl``, TensorBoard histograms, and a heat map at the end; 0 = none."""
@@ -199,10 +235,11 @@ class TrainConfig(_Section):
     eval_every: Count = 0
     """Steps between held-out evaluations besides the first and the last; 0 = only those two."""
     eval_sequences: PositiveInt = 512
+    """Held-out sequences of an evaluation."""
     save_every: Count = 0
     """Steps between checkpoints besides the one at the end; 0 = only that one."""
     keep_checkpoints: PositiveInt = 2
-    """Older ones are removed."""
+    """Checkpoints in the run directory; older ones are removed."""
     save_async: bool = True
     """Write checkpoints while training continues, from a copy in host memory."""
     run_dir: str = ""
@@ -244,7 +281,7 @@ class PretrainConfig:
         return dataclasses.asdict(self)
 
 
-_SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[_Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "optim": OptimConfig,
@@ -253,8 +290,9 @@ _SECTIONS: dict[str, type[_Section]] = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """Read ``path`` and apply ``overrides``, each ``section.key=value`` with value in TOML syntax
-    (a bare word is a string, ``none`` unsets an optional key).
+    """Read ``path`` and apply ``overrides``, each ``section.key=value`` or ``--section.key=value``
+    with value in TOML syntax (a bare word is a string, ``none`` unsets an optional key). They
+    differ in how messages name them: as ``--set section.key=value``, or as they are.
 
     Raises:
         ConfigError: anything that is not a valid run; the message says what and where.
@@ -263,15 +301,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
     sections = _read_toml(path)
     origins: dict[tuple[str, str], str] = {}
     for override in overrides:
-        section, key, text = _split_override(override)
-        value = _override_value(section, key, text)
-        sections.setdefault(section, {})[key] = value
-        origins[section, key] = f"--set {override}"
+        origin = override if override.startswith("--") else f"--set {override}"
+        section, key, text = _split_override(override.removeprefix("--"), origin)
+        sections.setdefault(section, {})[key] = _override_value(section, key, text)
+        origins[section, key] = origin
     if not sections.setdefault("train", {}).get("run_dir"):
         sections["train"]["run_dir"] = f"runs/{path.stem}"
 
     built: dict[str, Any] = {}
-    for section, owner in _SECTIONS.items():
+    for section, owner in SECTIONS.items():
         values = sections.get(section, {})
         names = {field.name: field for field in dataclasses.fields(owner)}
         for key in values:
@@ -302,7 +340,7 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for section, values in content.items():
-        if section not in _SECTIONS:
+        if section not in SECTIONS:
             kind = "section" if isinstance(values, dict) else "key outside a section:"
             raise ConfigError(f"{path}: unknown {kind} {section}; sections are {_listed()}")
         if not isinstance(values, dict):
@@ -310,18 +348,18 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _split_override(override: str) -> tuple[str, str, str]:
+def _split_override(override: str, origin: str) -> tuple[str, str, str]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and key):
-        raise ConfigError(f"--set {override}: must be section.key=value")
-    if section not in _SECTIONS:
-        raise ConfigError(f"--set {override}: unknown section {section}; sections are {_listed()}")
+        raise ConfigError(f"{origin}: must be section.key=value")
+    if section not in SECTIONS:
+        raise ConfigError(f"{origin}: unknown section {section}; sections are {_listed()}")
     return section, key, text.strip()
 
 
 def _override_value(section: str, key: str, text: str) -> Any:
-    hint = get_type_hints(_SECTIONS[section], include_extras=True).get(key)
+    hint = get_type_hints(SECTIONS[section], include_extras=True).get(key)
     # A run named 2024 or a file named 1e-3 must stay text.
     if hint is str:
         return text.strip("\"'")
@@ -334,14 +372,14 @@ def _override_value(section: str, key: str, text: str) -> Any:
 
 
 def _unknown(section: str, key: str) -> str:
-    names = [field.name for field in dataclasses.fields(_SECTIONS[section])]
+    names = [field.name for field in dataclasses.fields(SECTIONS[section])]
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {section}.{close[0]}?" if close else f"keys are {', '.join(names)}"
     return f"unknown key {section}.{key}; {hint}"
 
 
 def _listed() -> str:
-    return ", ".join(f"[{name}]" for name in _SECTIONS)
+    return ", ".join(f"[{name}]" for name in SECTIONS)
 
 
 def _converted(hint: Any, value: Any) -> Any:
@@ -371,15 +409,20 @@ def _converted(hint: Any, value: Any) -> Any:
     return value
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return f"{_describe(args[0])} {args[1]}"
+        return f"{describe(args[0])} {args[1]}"
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in args)
     if origin in (Union, types.UnionType):
-        return _describe(args[0])
+        return describe(args[0])
     if origin is tuple:
-        return f"a list of {len(args)} values, each {_describe(args[0])}"
-    names: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string"}
+        return f"a list of {len(args)} values, each {describe(args[0])}"
+    names: Mapping[Any, str] = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+    }
     return names.get(hint, hint.__name__)

@@ -8,7 +8,23 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_lamb import Lamb, ShardedLamb
+from dist_lamb import Lamb, ShardedLamb, param_groups
+from dist_lamb.param_groups import ParamGroups
+from pretraining.config import OptimConfig
+
+
+def groups_of(model: nn.Module, optim: OptimConfig) -> ParamGroups:
+    """The matrices of a model, and its biases and normalization weights, which do not decay."""
+    groups = param_groups(model, weight_decay=1.0)
+    for group in groups:
+        matrices = group["weight_decay"] > 0
+        group["weight_decay"] = optim.weight_decay * matrices
+        if optim.rule == "adamh":
+            # It keeps norms as they are: a bias that is 0 would stay 0.
+            group.update({"rule": "adamh", "weight_decay": 0.0} if matrices else {"rule": "adamw"})
+        elif "weight_decay" in optim.unused():
+            del group["weight_decay"]
+    return groups
 
 
 class Engine(Protocol):
@@ -31,6 +47,10 @@ class Engine(Protocol):
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """Trust ratio of each adapted parameter in the last step, by name; 0-d, on the device."""
+
+    def grad_norm(self) -> Tensor | None:
+        """Global L2 norm of the last step's gradients before clipping, a new 0-d tensor on the
+        device; None where it is not known."""
 
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped so far, the same on all ranks; a new 0-d tensor, on the
@@ -61,6 +81,9 @@ class PlainEngine:
 
     def trust_ratios(self) -> dict[str, Tensor]:
         return self.optimizer.trust_ratios()
+
+    def grad_norm(self) -> Tensor | None:
+        return self.optimizer.grad_norm()
 
     def skipped_steps(self) -> Tensor:
         return self.optimizer.skipped_steps()

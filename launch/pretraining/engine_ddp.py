@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_lamb import Lamb, param_groups
+from dist_lamb import Lamb
 from pretraining.config import PretrainConfig
-from pretraining.engine_base import PlainEngine
+from pretraining.engine_base import PlainEngine, groups_of
 
 
 class Ddp(DistributedDataParallel):
@@ -45,9 +45,10 @@ class DdpEngine(PlainEngine):
     def __init__(self, model: nn.Module, config: PretrainConfig, lr: float) -> None:
         self._ddp = self.model = Ddp(model)
         self.optimizer = Lamb(
-            param_groups(model, weight_decay=config.optim.weight_decay),
+            groups_of(model, config.optim),
             lr=lr,
-            **config.optim.lamb_options(),
+            track_grad_norm=True,
+            **config.optim.options(),
         )
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

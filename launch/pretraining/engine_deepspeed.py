@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_lamb import Lamb, param_groups
+from dist_lamb import Lamb
 from pretraining.config import ConfigError, OptimConfig, PretrainConfig
+from pretraining.engine_base import groups_of
 from pretraining.model import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -99,12 +100,9 @@ class DeepSpeedEngine:
         load_shared_memory_op()
         register()
         self.optimizer = DeepSpeedLamb(
-            param_groups(model, weight_decay=optim.weight_decay),
+            groups_of(model, optim),
             lr=lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            adapt=optim.adapt,
-            nonfinite=optim.nonfinite,
+            **{**optim.options(), "max_grad_norm": None},  # DeepSpeed clips
         )
         self._module = model
         self._config = config
@@ -129,6 +127,18 @@ class DeepSpeedEngine:
     def trust_ratios(self) -> dict[str, Tensor]:
         return self.optimizer.trust_ratios()
 
+    def grad_norm(self) -> Tensor | None:
+        """DeepSpeed's, which at stage 0 it keeps to itself."""
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        device = self._engine.device  # a number at some stages, a tensor at others
+        return (
+            torch.tensor(float(norm), device=device)
+            if isinstance(norm, float)
+            else (norm.detach().to(device, torch.float32, copy=True).reshape(()))
+        )
+
     def skipped_steps(self) -> Tensor:
         """With the steps that DeepSpeed skips itself, counted since the start of this process: 0.19
         does so at stages 1 and 2 in float32, and at stage 3. Without those of fp16, where its loss
@@ -152,8 +162,8 @@ class DeepSpeedEngine:
         if self._copy is None:
             of = self._config
             model = build_model(of.model, of.data, of.train.seed, torch.device("cpu"))
-            groups = param_groups(model, weight_decay=of.optim.weight_decay)
-            self._copy = (model, Lamb(groups, lr=0.0, **of.optim.lamb_options()))
+            lamb = Lamb(groups_of(model, of.optim), lr=0.0, **of.optim.options())
+            self._copy = (model, lamb)
         return self._copy
 
     def after_load(self) -> None:

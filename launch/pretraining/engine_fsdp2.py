@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from dist_lamb import Lamb, param_groups
+from dist_lamb import Lamb
 from pretraining.config import PretrainConfig
-from pretraining.engine_base import PlainEngine
+from pretraining.engine_base import PlainEngine, groups_of
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -46,9 +46,10 @@ class Fsdp2Engine(PlainEngine):
         self.model = model
         self._sharded = shard_layers(model, bf16=config.train.autocast == "bf16")
         self.optimizer = Lamb(
-            param_groups(model, weight_decay=config.optim.weight_decay),
+            groups_of(model, config.optim),
             lr=lr,
-            **config.optim.lamb_options(),
+            track_grad_norm=True,
+            **config.optim.options(),
         )
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from dist_lamb import ShardedLamb, param_groups
+from dist_lamb import ShardedLamb
 from pretraining.config import PretrainConfig
-from pretraining.engine_base import PlainEngine
+from pretraining.engine_base import PlainEngine, groups_of
 
 
 class ShardedEngine(PlainEngine):
@@ -19,12 +19,13 @@ class ShardedEngine(PlainEngine):
     def __init__(self, model: nn.Module, config: PretrainConfig, lr: float) -> None:
         self.model = model
         self.optimizer = ShardedLamb(
-            param_groups(model, weight_decay=config.optim.weight_decay),
+            groups_of(model, config.optim),
             lr=lr,
             stage=config.optim.stage,
             # Nothing in the training loop reads params between a step and the next forward.
             overlap_gather=True,
-            **config.optim.lamb_options(),
+            track_grad_norm=True,
+            **config.optim.options(),
         )
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:

@@ -10,22 +10,24 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, TextIO
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 from torch import Tensor
 
 LOG_NAME = "log.jsonl"
@@ -55,6 +57,8 @@ class TrainRow:
     """Training sequences up to and with this step: the position of the next batch."""
     skipped_steps: int
     """Up to and with this step: those that the optimizer skipped, see ``optim.nonfinite``."""
+    grad_norm: float | None = None
+    """Global L2 norm of the gradients before clipping; None where it is not finite or not known."""
     model_flops_per_s: float = 0.0
     """Of forward and backward, over all ranks, without recomputation: see ``model.train_flops``."""
     trust: Trust | None = None
@@ -208,6 +212,8 @@ class TensorBoard:
             add("train/tokens_per_s", row.tokens_per_s, row.step)
             add("train/model_flops_per_s", row.model_flops_per_s, row.step)
             add("train/skipped_steps", row.skipped_steps, row.step)
+            if row.grad_norm is not None:
+                add("train/grad_norm", row.grad_norm, row.step)
             if row.noise_scale is not None:
                 add("train/noise_scale", row.noise_scale, row.step)
             if row.trust is not None:
@@ -234,29 +240,36 @@ def terminal(first_step: int, total_steps: int) -> Outlet:
     return PlainLines(first_step, total_steps)
 
 
+class _TwoLines(Progress):
+    """A bar, and below it one line of numbers, cut where the terminal ends."""
+
+    numbers = "starting"
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers, no_wrap=True, overflow="ellipsis")
+
+
 class LiveBar:
     """A bar at the bottom of the terminal; evaluations and messages scroll above it."""
 
-    def __init__(self, first_step: int, total_steps: int) -> None:
-        console = Console(highlight=False)
-        # rich shortens every column of a terminal that is too narrow, the numbers too.
-        bar = [BarColumn(bar_width=None)] if console.width >= 110 else []
-        self._bar = Progress(
+    def __init__(self, first_step: int, total_steps: int, console: Console | None = None) -> None:
+        self._bar = _TwoLines(
+            TextColumn("step"),
             MofNCompleteColumn(),
-            *bar,
-            TextColumn("{task.fields[numbers]}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
-            console=console,
-            expand=bool(bar),
+            console=console or Console(highlight=False),
+            expand=True,
         )
-        self._task: TaskID = self._bar.add_task(
-            "", total=total_steps, completed=first_step, numbers="starting"
-        )
+        self._task: TaskID = self._bar.add_task("", total=total_steps, completed=first_step)
         self._bar.start()
 
     def train(self, rows: Sequence[TrainRow]) -> None:
-        self._bar.update(self._task, completed=rows[-1].step, numbers=_numbers(rows[-1]))
+        self._bar.numbers = _numbers(rows[-1])
+        self._bar.update(self._task, completed=rows[-1].step)
 
     def held_out(self, row: HeldOutRow) -> None:
         self.say(_held_out_line(row))
@@ -297,12 +310,14 @@ class PlainLines:
 
 
 def _numbers(row: TrainRow) -> str:
-    text = f"loss {row.loss:.4f}  lr {row.lr:.1e}  {compact(row.tokens_per_s)} tokens/s"
-    if row.trust is not None:
-        text += f"  trust {row.trust.min:.2g}/{row.trust.median:.2g}/{row.trust.max:.2g}"
+    parts = [f"loss {row.loss:.4f}", f"lr {row.lr:.1e}", f"{compact(row.tokens_per_s)} tokens/s"]
+    if row.grad_norm is not None:
+        parts.insert(2, f"|g| {row.grad_norm:.3g}")
     if row.skipped_steps:
-        text += f"  skipped {row.skipped_steps}"
-    return text
+        parts.append(f"skipped {row.skipped_steps}")
+    if row.trust is not None:
+        parts.append(f"trust {row.trust.min:.2g}/{row.trust.median:.2g}/{row.trust.max:.2g}")
+    return "  ".join(parts)
 
 
 def _held_out_line(row: HeldOutRow) -> str:

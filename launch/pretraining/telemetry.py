@@ -27,12 +27,10 @@ COLUMNS = ("trust_ratio", "param_norm", "update_norm")
 
 @dataclass(frozen=True)
 class TensorsRow:
-    """One step: for each weight matrix by name its trust ratio, ``||x||`` and ``||u||``, all L2.
-    ``grad_norm`` is the global one before clipping, None where the optimizer did not look."""
+    """One step: for each weight matrix by name its trust ratio, ``||x||`` and ``||u||``, all L2."""
 
     step: int
     tensors: dict[str, tuple[float, ...]]
-    grad_norm: float | None = None
 
 
 def read_tensors(step: int, optimizer: Any, shapes: Mapping[str, torch.Size]) -> TensorsRow | None:
@@ -50,18 +48,9 @@ def read_tensors(step: int, optimizer: Any, shapes: Mapping[str, torch.Size]) ->
         torch.stack([of.get(name, nan).float() for name in names])
         for of in (ratios, norms, updates)
     ]
-    try:
-        norm = optimizer.grad_norm().float()
-    except RuntimeError:
-        norm = nan
     # One copy to the host for all.
-    values = torch.cat([*columns, norm.to(nan.device).view(1)]).tolist()
-    n = len(names)
-    return TensorsRow(
-        step=step,
-        tensors={name: tuple(values[i::n][:3]) for i, name in enumerate(names)},
-        grad_norm=None if values[-1] != values[-1] else values[-1],
-    )
+    values = torch.stack(columns).T.tolist()
+    return TensorsRow(step, {name: tuple(row) for name, row in zip(names, values, strict=True)})
 
 
 class TensorsLog:
@@ -84,8 +73,6 @@ class TensorsLog:
                 found = values[values.isfinite()]
                 if len(found):
                     self._writer.add_histogram(f"tensors/{column}", found, row.step)
-            if row.grad_norm is not None:
-                self._writer.add_scalar("train/grad_norm", row.grad_norm, row.step)
 
 
 def noise_scale_of(
@@ -101,11 +88,6 @@ def noise_scale_of(
         return None
     if optim.engine not in ("sharded", "ddp"):
         raise ConfigError(f"train.noise_every is for engines sharded and ddp, not {optim.engine}")
-    if not optim.max_grad_norm and optim.nonfinite != "skip":
-        raise ConfigError(
-            "train.noise_every needs the gradient norm: set optim.max_grad_norm, or "
-            'optim.nonfinite = "skip"'
-        )
     try:
         return GradientNoiseScale(model, small_batch=micro_batch, big_batch=of.global_batch)
     except ValueError:
