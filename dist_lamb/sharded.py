@@ -331,7 +331,9 @@ class ShardedLamb(ShardedBase):
             reduced = reducer is not None and reducer.rounds.count > 0
             problem = self._scaling.problem(flag, reduced, self._comm.num_ranks)
         if problem is None and not self._looked and self._reduces:
-            problem = wrapper_problem(params)
+            # At stage 2 gradients are gone by now, in the shards.
+            arrived = any_gradient(params) or (reducer is not None and bool(reducer.present))
+            problem = wrapper_problem(params, arrived)
         if problem is None and any_gradient(params):
             problem = gradient_problem(self._all_named())
         if not self._looked:

@@ -9,22 +9,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .arrivals import any_gradient
 
-
-def wrapper_problem(params: Sequence[Tensor]) -> str | None:
+def wrapper_problem(params: Sequence[Tensor], arrived: bool) -> str | None:
     """Why gradients of these params must not be averaged, or will never come; None if all is well.
 
     Frameworks wrap a model long after its optimizer was made, so all living objects are looked at.
+    ``arrived``: whether some of these params had a gradient: then none stands in their place.
     """
-    problem = _found(params)
+    problem = _found(params, arrived)
     if problem is not None:
         gc.collect()  # it may be of a wrapper that nobody uses any more
-        problem = _found(params)
+        problem = _found(params, arrived)
     return problem
 
 
-def _found(params: Sequence[Tensor]) -> str | None:
+def _found(params: Sequence[Tensor], arrived: bool) -> str | None:
     own, shapes = set(map(id, params)), {tuple(p.shape) for p in params}
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharders = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
@@ -42,7 +41,7 @@ def _found(params: Sequence[Tensor]) -> str | None:
             theirs = list(thing.parameters())
             held = {tuple(s) for q in theirs for s in getattr(q, "_shapes", None) or [q.shape]}
             # FSDP puts others in the place of the params that it was given.
-            replaced = not any_gradient(params) and shapes <= held
+            replaced = not arrived and shapes <= held
             if replaced or not own.isdisjoint(map(id, theirs)):
                 return (
                     "its params are in an FSDP module, which shards them and averages their "
