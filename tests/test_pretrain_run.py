@@ -225,7 +225,9 @@ def test_what_a_run_did_not_make_stays(config: Path, tmp_path: Path, capsys: Any
     shutil.rmtree(saves / "step-7")
     run_here(config, run, short, "train.resume=never")
     assert "resumed" not in capsys.readouterr().out
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["notes.txt", "step-2"]
+    # This process has written there by itself too, and owns the folder until it ends.
+    left = {path.name for path in elsewhere.iterdir() if not path.name.startswith(".owner-")}
+    assert left == {"notes.txt", "step-2"}
     assert saves.is_symlink()
 
     saves.unlink()
