@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,4 +75,11 @@ def _lamb(
 Factory = Callable[[Sequence[tuple[str, Tensor]], OptimizerOptions], torch.optim.Optimizer]
 
 #: name in a study's file -> factory; another rule is one more line
-OPTIMIZERS: dict[str, Factory] = {"adamw": _adamw, "lamb": _lamb}
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "lamb-bfloat16": partial(_lamb, state_format="bfloat16"),
+    "lamb-nearest": partial(_lamb, state_format="bfloat16-nearest"),
+    # The remainder counts where weights are bfloat16; the stacked ones are float32.
+    "lamb-remainder": partial(_lamb, state_format="bfloat16", master="remainder"),
+}
