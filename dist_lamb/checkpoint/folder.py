@@ -76,9 +76,9 @@ def publish(temporary: Path, step: int) -> Path:
     """Rename a complete temporary folder, its files on disk, to ``step-<step>``."""
     final = temporary.with_name(f"step-{step}")
     with os_errors(final):
-        check_claims(final.parent)  # whoever took over may have removed the temporary folder
+        check_claims(final.parent)  # a new owner may have removed the temporary folder
         sync_folder(temporary)
-        # Again, after what may take long. Whoever takes over removes temporary folders at its
+        # Again, after what may take long. A new owner removes temporary folders at its
         # first save, so that the rename of a process that is stopped before it fails.
         check_claims(final.parent)
         temporary.rename(final)

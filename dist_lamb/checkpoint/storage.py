@@ -239,7 +239,7 @@ def write(tensors: dict[str, Any], temporary: Path, step: int, state: str, comm:
     except CheckpointError:
         if comm.rank == 0:
             discard(temporary)
-            # Whoever has taken over removed the files that were being written.
+            # A new owner removed the files that were being written.
             check_claims(temporary.parent)
         raise
 

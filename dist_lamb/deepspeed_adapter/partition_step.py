@@ -97,7 +97,7 @@ class PartitionStep:
             raise UnknownLayout(problem)
 
     def _seen_versions(self) -> list[int]:
-        """What torch counts up when somebody writes to a param, but not when DeepSpeed does: it
+        """What torch counts up when a param is written to, but not when DeepSpeed does: it
         writes to the flat vector behind it, or to ``p.data``."""
         return [o.param._version for o in self.originals]
 

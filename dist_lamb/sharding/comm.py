@@ -283,6 +283,6 @@ def is_dtensor(t: Tensor) -> TypeIs[DTensor]:
     kind = type(t)
     if kind is Tensor or kind is Parameter:
         return False
-    # Nothing is a DTensor before somebody has imported the module.
+    # Nothing is a DTensor before the module was imported.
     known = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return known is not None and isinstance(t, known)

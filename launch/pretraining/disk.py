@@ -66,7 +66,7 @@ def known_versions(directory: Path) -> Any:
     """What :func:`note_versions` was last given on this machine; None if it was not."""
     path = _notes(directory)
     try:
-        # Whoever owns the file could say that tokens were compared.
+        # The file's owner could say that tokens were compared.
         return json.loads(path.read_bytes()) if path.stat().st_uid == os.getuid() else None
     except (OSError, ValueError):
         return None
