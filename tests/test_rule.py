@@ -373,7 +373,7 @@ def test_inactive_params_keep_their_moments(eps: float) -> None:
     """Whatever the gradient holds: after an overflow it is infinite or NaN."""
     h, rule = hyper(eps=eps, decoupled=False, weight_decay=0.1), RULES["lamb"]
     c = rule.coefficients(h, torch.ones(1, dtype=torch.float64), ())
-    numbers = Numbers(None, torch.ones(1, dtype=torch.float64), c)
+    numbers = Numbers(grad_scale=torch.ones(1, dtype=torch.float64), c=c)
     kept = only_where(torch.tensor([False]), numbers, rule, guard=True).map(lambda v: v[0])
     m, v, x = (torch.rand(4, dtype=torch.float64) for _ in range(3))
     grad = torch.tensor([float("inf"), float("nan"), -float("inf"), 1.0], dtype=torch.float64)

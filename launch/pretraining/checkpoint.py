@@ -208,8 +208,8 @@ def resume(
             path,
             *engine.checkpointed(),
             stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
-            # All other options are the same: they follow from the settings compared above.
-            options="saved" if "optim.nonfinite" in changed else "same",
+            # They follow from the settings compared above; what may differ is set below.
+            options="saved",
         )
         engine.after_load()
     except CheckpointError as error:
