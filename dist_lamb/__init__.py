@@ -26,7 +26,7 @@ GradientNoiseScale, gradient_noise_scale
     How large a batch still pays (arXiv 1812.06162).
 
 ``help(dist_lamb.Lamb)`` has every option with its meaning. Norms are L2 norms of whole tensors; the
-equations are those of arXiv 1904.00962 v5, in ``dist_lamb/rule.py`` beside the paper's names.
+equations are those of arXiv 1904.00962 v5, in ``dist_lamb/rules/lamb.py`` beside the paper's names.
 """
 
 from . import schedules

@@ -17,7 +17,8 @@ from .deepspeed_marks import GivenParams
 from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
-from .kernels.segments import GRAD_SQ, Scalars
+from .kernels.segments import Scalars
+from .last_step import LastStep
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
@@ -28,10 +29,6 @@ Closure: TypeAlias = Callable[[], Any]
 
 #: Entry of a param group: how many steps were skipped, int64 0-d.
 SKIPPED = "skipped_steps"
-
-
-#: device, trust ratios, sums
-_Result: TypeAlias = tuple[torch.device, Tensor, Tensor]
 
 
 def count_here(counters: Tensor, i: int, state: dict[str, Any]) -> None:
@@ -58,7 +55,7 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
     return scalar if scalar.numel() == 1 and scalar.is_floating_point() else scalar.sum().double()
 
 
-class LambBase(Optimizer):
+class LambBase(LastStep, Optimizer):
     """Parameter groups with LAMB's options, one step, and what it reports."""
 
     #: False where rank 0's values will take the place of what params hold when they are given
@@ -118,8 +115,7 @@ class LambBase(Optimizer):
         self._options = GroupOptions()
         #: what captured CUDA graphs go on reading
         self._captured: list[Any] = []
-        #: of the last step: (device, trust ratios, sums) of each Update; None before the first
-        self._last: tuple[list[_Result], Scalars | None] | None = None
+        self._last = None
         self._unfinished = False
         self._given = GivenParams()
         #: names that params were given, by id
@@ -234,10 +230,6 @@ class LambBase(Optimizer):
             )
         self._options.read(self.param_groups)
 
-    def _track(self) -> bool:
-        """Whether the first pass adds up squares of gradients: not if another one does anyway."""
-        return self.track_grad_norm and not self._options.squares_wanted
-
     def _loss_scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Loss scale and overflow flag that torch.amp.GradScaler has set for this step."""
         scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -256,7 +248,7 @@ class LambBase(Optimizer):
                 f"step() of this {type(self).__name__} is being captured in a CUDA graph, which "
                 "needs capturable=True"
             )
-        scalars = Scalars(self._options, self._track(), *self._loss_scaling(home))
+        scalars = Scalars(self._options, self.track_grad_norm, *self._loss_scaling(home))
         step.prepare(updates, norms, scalars, grad_sq)
         self._unfinished = True
         step.update(updates, norms, scalars)
@@ -266,76 +258,6 @@ class LambBase(Optimizer):
         self._unfinished = False
 
     # --- what the last step did ------------------------------------------------------------------
-
-    def trust_ratios(self) -> dict[str, Tensor]:
-        """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
-
-        NaN for a param that took no part in the last step; ``{}`` before the first. Reading the
-        values synchronizes with the device; calling this does not.
-        """
-        return self._per_param(lambda ratios, sums: ratios)
-
-    def param_norms(self) -> dict[str, Tensor]:
-        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`.
-
-        NaN too where the param's rule does not look at that norm.
-        """
-        return self._norms_named("x.x")
-
-    def update_norms(self) -> dict[str, Tensor]:
-        """{name: ||u|| of the last step}; else as :meth:`param_norms`."""
-        return self._norms_named("u.u")
-
-    def _norms_named(self, late: str) -> dict[str, Tensor]:
-        known, ratios = self._per_param(lambda ratios, sums: sums), self.trust_ratios()
-        found = {}
-        for (name, sums), rule in zip(known.items(), self._rule_of_each()):
-            norm = torch.full_like(ratios[name], torch.nan)
-            if late in rule.late and sums.dim():
-                square = sums[rule.late.index(late)]
-                norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
-            found[name] = norm
-        return found
-
-    def _rule_of_each(self) -> list[rules.Rule]:
-        """In the order in which params are reported."""
-        return list(self.rule_of().values())
-
-    def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-        if self._last is None:
-            return {}
-        last = self._last[0]
-        found = {device: read(ratios, sums) for device, ratios, sums in last}
-        return {
-            name: found[p.device][i]
-            if p.device in found
-            else torch.full((), torch.nan, device=p.device)
-            for i, (name, p) in enumerate(chain.from_iterable(self.named_groups()))
-        }
-
-    def grad_norm(self) -> Tensor:
-        """Global L2 norm of the last step's gradients, before clipping: float32 0-d, on the device.
-
-        Over all params and ranks, the loss scale taken out; 0 where no param had a gradient. Known
-        where gradients are clipped or non-finite ones skipped, and with ``track_grad_norm=True``,
-        which takes the first pass of a step on a GPU 3 % more time.
-
-        Raises ``RuntimeError`` where the last step did not look at it.
-        """
-        last, scalars = self._last or ([], None)
-        if scalars is None or not last:
-            return torch.zeros((), device=self._all_params()[0].device)
-        square, home = scalars.grad_sq, last[0][0]
-        if square is None and not scalars.track_grad_norm:
-            raise RuntimeError(
-                "the last step did not add up the norm of the gradients: make the optimizer with "
-                "track_grad_norm=True (max_grad_norm and nonfinite='skip' do it too)"
-            )
-        if square is None:
-            square = torch.stack([sums[:, GRAD_SQ].sum().to(home) for _, _, sums in last]).sum()
-        norm = square.sqrt()
-        inverse = scalars.inverse_scale(home)
-        return (norm if inverse is None else norm * inverse).float()
 
     def skipped_steps(self) -> Tensor:
         """How many steps ``nonfinite="skip"`` has skipped: int64 0-d, on the device.

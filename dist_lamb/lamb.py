@@ -77,7 +77,8 @@ class Lamb(LambBase):
             4: the param is the master rounded to nearest (half away from zero), and an int16
             ``remainder`` in the state is what the master has more. Nothing is lost by it. Float16
             params keep float32 masters.
-        track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it.
+        track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it, and
+            :meth:`grad_norms` those of every param.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
             ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
         foreach, fused: torch's flags; ``foreach=True`` is ``impl="foreach"``, ``fused=True`` is

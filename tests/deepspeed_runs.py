@@ -98,6 +98,11 @@ class Case:
     #: the model is float32 until DeepSpeed converts it
     convert: bool = False
 
+    @property
+    def tracked(self) -> bool:
+        """Whether norms of gradients are compared, which come as they are where nobody clips."""
+        return self.clip == 0.0 and self.dtype == "fp32" and not self.naive
+
     def make_config(self) -> dict[str, Any]:
         made = recommended_config(
             self.stage,
@@ -254,9 +259,14 @@ class Run:
             self.engine.optimizer.refresh_fp32_params()
 
     def ratios(self) -> dict[str, float]:
+        return self._named(self.optimizer.trust_ratios())
+
+    def grad_norms(self) -> dict[str, float]:
+        return self._named(self.optimizer.grad_norms())
+
+    def _named(self, found: Values) -> dict[str, float]:
         # The engine has names of its own for those that were given without.
         ours = {f"held.{short}.weight": n for n, short in self.model.short.items()}
-        found = self.optimizer.trust_ratios()
         return {ours.get(n, n): float(r) for n, r in found.items()}
 
     def state(self) -> dict[str, Any]:
@@ -285,6 +295,13 @@ def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str,
         optimizer.step()
     ratios = {n: float(r) for n, r in optimizer.trust_ratios().items()}
     return {n: p.detach().float() for n, p in params.items()}, ratios
+
+
+def last_norms(case: Case, world: int) -> dict[str, float]:
+    """Of the mean gradients of the last step."""
+    start, t = start_values(DTYPES[case.dtype]), STEPS - 1
+    each = [case.gradients(start, t, rank, world) for rank in range(world)]
+    return {n: float(case.mean([g[n] for g in each]).norm()) for n in each[0]}
 
 
 def worst_error(got: Values, want: Values) -> float:

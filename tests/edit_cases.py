@@ -79,6 +79,7 @@ class Plain:
         self.rho: dict[str, float] = {}
         self.x_norm: dict[str, float] = {}
         self.u_norm: dict[str, float] = {}
+        self.g_norm: dict[str, float] = {}
         for name, p in params.items():
             self.add(name, p, **options)
 
@@ -93,11 +94,12 @@ class Plain:
         self.t[name] = 0
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        for kept in (self.rho, self.x_norm, self.u_norm):
+        for kept in (self.rho, self.x_norm, self.u_norm, self.g_norm):
             kept.update(dict.fromkeys(self.x, NAN))
         self.grad_norm = float(sum(g.double().square().sum() for g in grads.values())) ** 0.5
         for name, grad in grads.items():
             o, g, x = self.options[name], grad.double(), self.x[name]
+            self.g_norm[name] = float(g.norm())
             b1, b2 = o["betas"]
             wd = o["weight_decay"]
             if o["max_grad_norm"]:

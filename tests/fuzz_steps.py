@@ -103,6 +103,7 @@ class Layer:
     ratio: float = math.nan
     x_norm: float = math.nan
     u_norm: float = math.nan
+    g_norm: float = math.nan
     #: how far off float32 arithmetic may be: relative of the norm of u, absolute of x
     slack: float = 0.0
     x_slack: float = 0.0
@@ -131,7 +132,7 @@ def rule_step(groups: list[tuple[dict[str, Any], list[Layer]]], grads: dict[int,
     norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
     for o, layers in groups:
         for layer in layers:
-            layer.ratio = layer.x_norm = layer.u_norm = math.nan
+            layer.ratio = layer.x_norm = layer.u_norm = layer.g_norm = math.nan
             layer.slack = layer.x_slack = 0.0
             if id(layer) in grads:
                 _layer_step(o, layer, grads[id(layer)], norm)
@@ -142,7 +143,7 @@ def _layer_step(o: dict[str, Any], layer: Layer, g: Tensor, norm: float) -> None
     lr, wd, (b1, b2) = float(o["lr"]), o["weight_decay"], o["betas"]
     if lr == 0.0 and not largest(g, layer.m, layer.v):
         return  # a dummy step leaves nothing behind
-    x = layer.x
+    x, layer.g_norm = layer.x, float(g.norm())
     if o["maximize"]:
         g = -g
     if o["max_grad_norm"] and norm > o["max_grad_norm"]:

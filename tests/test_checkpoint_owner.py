@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +136,41 @@ def test_a_restart_of_the_same_job_takes_over_at_once(
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{job}/attempt_1/3/error.json")
         checkpoint.claim(folder)
     assert owners(folder) == [".owner-2"]
+
+
+ENDS_WITH_AN_ERROR = """
+import sys
+from dist_lamb import checkpoint
+checkpoint.claim(sys.argv[1])
+raise RuntimeError("connection reset by peer")
+"""
+
+
+def test_an_attempt_that_ends_with_an_error_leaves_the_folder_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job started by mistake between two attempts would shut the second out."""
+    job, folder = str(tmp_path / "logs" / "none_abc"), tmp_path / "run"
+
+    def end(attempt: int, most: str) -> None:
+        torchrun = {
+            "TORCHELASTIC_MAX_RESTARTS": most,
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            "TORCHELASTIC_ERROR_FILE": f"{job}/attempt_{attempt}/0/error.json",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        command = [sys.executable, "-c", ENDS_WITH_AN_ERROR, str(folder)]
+        done = subprocess.run(command, env={**os.environ, **torchrun}, stderr=subprocess.PIPE)
+        assert b"RuntimeError: connection reset" in done.stderr
+
+    monkeypatch.setattr(owner, "PATIENCE", 3)
+    end(0, "1")
+    with pytest.warns(UserWarning, match="a sign of life"):
+        checkpoint.claim(folder).release()
+    end(0, "1")
+    monkeypatch.setattr(owner, "PATIENCE", 10**9)
+    end(1, "1")  # takes over at once, and is the last one
+    assert owners(folder) == []
 
 
 def _saves_slowly(pipe: Any, folder: str) -> None:

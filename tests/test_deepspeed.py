@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_runs import Case, Run, launched, plain, worst_error
+from deepspeed_runs import Case, Run, last_norms, launched, plain, worst_error
 from ranks import run_ranks
 
 pytestmark = [
@@ -94,8 +94,10 @@ def _train(rank: int, world: int, cases: dict[str, Case]) -> dict[str, Any]:
         run = Run(case, rank, world)
         if case.options.get("max_grad_norm"):
             run.optimizer.bind(run.engine)
+        run.optimizer.track_grad_norm = case.tracked
         run.train()
-        found[name] = run.params(), {} if case.naive else run.ratios()
+        norms = run.grad_norms() if case.tracked else {}
+        found[name] = run.params(), {} if case.naive else run.ratios(), norms
         run.engine.destroy()
     return found
 
@@ -117,10 +119,12 @@ def test_equal_to_unsharded(tmp_path: Path, world: int, names: Sequence[str]) ->
     for name, case in cases.items():
         want, want_ratios = plain(case, world)
         for rank, found in enumerate(ranks):
-            got, ratios = found[name]
+            got, ratios, norms = found[name]
             error = worst_error(got, want)
             if rank == 0:
                 print(f"{world} ranks, {name}: {error:.1e}")
+            for n, norm in last_norms(case, world).items() if case.tracked else ():
+                assert norms[n] == pytest.approx(norm, rel=1e-5), (name, rank, n)
             if case.naive:
                 assert not error < 1e-2, name
                 continue
@@ -165,7 +169,7 @@ def test_bfloat16(tmp_path: Path, world: int, cases: dict[str, Case]) -> None:
     ranks = run_ranks(world, tmp_path, _train, cases, timeout=280)
     for name, case in cases.items():
         want, want_ratios = plain(case, world)
-        got, ratios = ranks[0][name]
+        got, ratios, _ = ranks[0][name]
         error = worst_error(got, want)
         if case.absent_at and world == 2:  # see Case.mean
             stage_0 = worst_error(got, ranks[0]["0"][0])

@@ -85,6 +85,10 @@ def config_of(
     zero: dict[str, Any] = {"stage": stage}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if stage == 3:
+        # Without it every rank that takes itself for the first removes the same file: on a CPU
+        # accelerate knows one process only.
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     config: dict[str, Any] = {
         "zero_optimization": zero,
         "gradient_clipping": "auto",

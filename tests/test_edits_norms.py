@@ -24,6 +24,7 @@ def check_norms(twin: Twin, tolerance: float = 2e-5) -> None:
     for found, want in (
         (opt.param_norms(), plain.x_norm),
         (opt.update_norms(), plain.u_norm),
+        (opt.grad_norms(), plain.g_norm),
         (opt.trust_ratios(), plain.rho),
     ):
         assert list(found) == list(twin.params)
@@ -145,7 +146,9 @@ def test_no_gradient_anywhere(cls: Callable[..., Any], impl: str, steps: int) ->
     twin.step(steps=steps)
     twin.opt.zero_grad()
     twin.opt.step()
-    for found in (twin.opt.trust_ratios(), twin.opt.param_norms(), twin.opt.update_norms()):
+    opt = twin.opt
+    reports = (opt.trust_ratios(), opt.param_norms(), opt.update_norms(), opt.grad_norms())
+    for found in reports:
         assert list(found) == list(twin.params)
         for norm in found.values():
             close("norm", norm, NAN)

@@ -7,7 +7,6 @@ leaves out of step do not matter to the next.
 from __future__ import annotations
 
 import gc
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils.checkpoint import checkpoint
 
-from dist_lamb import Lamb, ShardedLamb
+from dist_lamb import Lamb, ShardedLamb, _torch_private
 
 WORLD = 2
+#: of collectives: no case but one waits for it
+TIMEOUT = timedelta(seconds=100)
 SIZES = {"a": (40, 30), "b": (7,), "c": (1500,), "d": (3, 5)}
 Case = Callable[[int, Any], Any]
 
@@ -405,13 +406,15 @@ def raised_before_anything_left(rank: int, group: Any) -> str:
 
 
 def does_not_come(rank: int, group: Any) -> str:
-    group = dist.new_group(timeout=timedelta(seconds=4))
-    net, _ = _two_steps(rank, group)
-    dist.barrier()
+    net, optimizer = _two_steps(rank, group)
+    lockstep = optimizer._members.lockstep
+    assert lockstep._timeout == 0.9 * TIMEOUT  # before that of a collective
+    lockstep._timeout = timedelta(seconds=2)
+    store = _torch_private.default_store()
     if rank == 1:
-        time.sleep(6)  # and finds what was decided without it
-    told = refused(r"rank 1 has not come in 4 s", lambda: net(factors(2, rank)).backward())
-    dist.barrier()
+        store.wait(["rank 0 was told"], TIMEOUT)  # and finds what was decided without it
+    told = refused(r"rank 1 has not come in 2 s", lambda: net(factors(2, rank)).backward())
+    store.set("rank 0 was told", "yes")
     return told
 
 
@@ -465,7 +468,7 @@ def _run_all(rank: int, _: int) -> dict[str, tuple[str | None, Any]]:
     """{case: (what went wrong, what it returned)}."""
     found: dict[str, tuple[str | None, Any]] = {}
     for case in CASES:
-        group = dist.new_group(timeout=timedelta(seconds=20))
+        group = dist.new_group(timeout=TIMEOUT)
         try:
             found[case.__name__] = (None, case(rank, group))
         except BaseException:  # pytest.fail's among them

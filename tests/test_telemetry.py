@@ -23,16 +23,23 @@ def test_tensors_are_logged_and_drawn(config: Path, tmp_path: Path) -> None:
     rows = telemetry.read_rows(tmp_path / "run" / telemetry.LOG_NAME)
     assert [row["step"] for row in rows] == [6, STEPS]
     trust = {row["step"]: row["trust"] for row in log if row["kind"] == "train" and row["trust"]}
+    total = {row["step"]: row["grad_norm"] for row in log if row["kind"] == "train"}
     for row in rows:
-        ratios = [ratio for ratio, _, _ in row["tensors"].values()]
+        ratios = [ratio for ratio, *_ in row["tensors"].values()]
         assert max(ratios) == pytest.approx(trust[row["step"]]["max"])
-        for ratio, norm, update in row["tensors"].values():
+        for ratio, norm, update, gradient in row["tensors"].values():
             assert ratio == pytest.approx(norm / update, rel=1e-5)
+            assert 0 < gradient < total[row["step"]]
     picture = (tmp_path / "run" / telemetry.PICTURE_NAME).read_bytes()
     assert picture.startswith(b"\x89PNG")
     events = list((tmp_path / "run" / "tensorboard").glob("events*"))
     written = b"".join(event.read_bytes() for event in events)
-    for tag in (b"tensors/update_norm", b"train/grad_norm", b"train/skipped_steps"):
+    for tag in (
+        b"tensors/update_norm",
+        b"tensors/grad_norm",
+        b"train/grad_norm",
+        b"train/skipped_steps",
+    ):
         assert tag in written
     train = [row for row in log if row["kind"] == "train"]
     assert len({row["grad_norm"] for row in train}) == STEPS

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -74,15 +75,16 @@ class Owner:
             if self._fd is not None:
                 os.pwrite(self._fd, b"%0*d" % (_BEAT_DIGITS, self._beats), 0)
 
-    def release(self) -> None:
-        """Let others write here at once."""
+    def release(self, failed: bool = False) -> None:
+        """Let others write here at once; if the process has ``failed`` and torchrun starts it
+        again, that attempt alone, and others a minute later."""
         with self._file_lock:
             if self._fd is None or _owned.get(self.directory) is not self:
                 return
             del _owned[self.directory]
             os.close(self._fd)
             self._fd = None
-        if self.problem() is None:
+        if self.problem() is None and not (failed and _is_restarted()):
             (self.directory / f".owner-{self._number}").unlink(missing_ok=True)
 
 
@@ -97,8 +99,8 @@ def claim(directory: str | os.PathLike[str]) -> Owner:
     :func:`save` does so with its folder. A program that writes other files beside checkpoints
     claims the folder of all of them first, before it looks for what is there.
 
-    If another process was the owner and ended, this returns at once if it ended by itself, was an
-    earlier attempt of the same torchrun job, or was killed on this machine with no torchrun that
+    If another process was the owner and ended, this returns at once if it ended without an error,
+    was an earlier attempt of the same torchrun job, or ended on this machine with no torchrun that
     starts it again; else in a minute.
 
     Raises:
@@ -304,9 +306,12 @@ def _beat() -> None:
 
 
 def _release_quietly(owner: Owner) -> None:
+    # An exception that ended the program. torchrun starts it again: until then the folder is not
+    # free for another job, which would shut the next attempt out.
+    failed = getattr(sys, "last_value", None) is not None
     # If it fails others take over when they see no beat.
     with suppress(OSError, CheckpointError):
-        owner.release()
+        owner.release(failed)
 
 
 def _forget() -> None:

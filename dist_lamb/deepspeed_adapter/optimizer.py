@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,7 @@ from .. import options, rules
 from ..base import SKIPPED, Closure, LambBase, ParamsT
 from ..deepspeed_marks import taken_by_zero
 from ..kernels.segments import GRAD_SQ
+from ..last_step import Read
 from ..param_groups import without_decay_1d
 from ..sharding.comm import Comm
 from ..state import TENSOR_STATES, Formats
@@ -342,19 +343,16 @@ class DeepSpeedLamb(LambBase):
 
     # --- state -----------------------------------------------------------------------------------
 
-    def trust_ratios(self) -> dict[str, Tensor]:
-        """{name: trust ratio of the last step, a float32 0-d tensor}, the same on every rank.
-
-        NaN for a param that took no part in the last step, as one that no rank had a gradient for.
-        """
-        return super().trust_ratios()
-
-    def _per_param(self, read: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-        found = {}
+    def _per_param(self, read: Read) -> dict[str, Tensor]:
+        found, of = {}, {}
         for o in self._originals:
             part, k = self._stepped_by.get(o.number, (None, 0))
-            known = part is not None and part.last is not None
-            found[o.name] = read(*part.last[:2])[k] if known else torch.tensor(torch.nan)  # type: ignore[union-attr, index]
+            if part is None or part.last is None:
+                found[o.name] = torch.tensor(torch.nan)
+                continue
+            if part not in of:
+                of[part] = read(*part.last)
+            found[o.name] = of[part][k]
         return found
 
     def _rule_of_each(self) -> list[rules.Rule]:

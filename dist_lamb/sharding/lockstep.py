@@ -6,7 +6,9 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +17,10 @@ from .comm import Comm
 #: The parts of a counter, by bits: how many ranks have come, how many of them with a flag, and the
 #: sum of the codes of what they came for.
 _FLAGS, _CODES, _MASK = 16, 32, 2**16 - 1
+#: Seconds in which another rank is expected.
+_SHORT = 0.002
+#: A wait lets no signal handler run until it ends.
+_SLICE = timedelta(seconds=0.2)
 
 
 class Lockstep:
@@ -44,27 +50,30 @@ class Lockstep:
         """
         if self._store is None:
             return flag
-        at, verdict = self._times, self._come(what, flag)
+        at = self._times
+        verdict = self._come(what, flag) or self._wait_for(f"verdict {at}")
         if not verdict:
-            if self._wait_for(f"verdict {at}"):
-                verdict = self._store.get(f"verdict {at}").decode()
-            else:
-                verdict = self._decide(at, self._out_of_step(at))
+            verdict = self._decide(at, self._out_of_step(at))
         if len(verdict) > 1:
             raise RuntimeError(verdict)
         return verdict == "1"
 
-    def _wait_for(self, key: str) -> bool:
-        """Whether it comes in time. A wait of the store would let no signal handler run until it
-        ends, and keep to itself what other threads use."""
+    def _wait_for(self, key: str) -> str:
+        """What is written there; "" if it does not come in time."""
         began, until = time.monotonic(), self._timeout.total_seconds()
         while not self._store.check([key]):
             waited = time.monotonic() - began
             gone = waited > 0.5 and not all(map(_runs, self._pids.values()))
             if waited > until or (gone and not self._store.check([key])):
-                return False
-            time.sleep(min(waited / 8, 0.05))
-        return True
+                return ""
+            if waited < _SHORT:
+                time.sleep(waited / 8)
+                continue
+            # Asking again and again would keep the store from serving a thousand other ranks.
+            with suppress(RuntimeError):  # of a lost connection the next question tells
+                self._store.wait([key], _SLICE)
+        value: bytes = self._store.get(key)
+        return value.decode()
 
     def refuse(self, what: str, problem: object) -> None:
         """Have all others, which are waiting or will come, raise that this rank cannot go on."""
@@ -78,17 +87,33 @@ class Lockstep:
         """What the last rank to come decides; "" for others."""
         at, world = self._times, len(self._ranks)
         self._times += 1
-        self._store.set(f"rank {self._me}", f"{at} came for {what}")
         code = zlib.crc32(what.encode()) % (2**31 // world)
-        counter = f"count {at}"
-        total = self._store.add(counter, (code << _CODES) + (flag << _FLAGS) + 1)
-        if total & _MASK < world:
-            return ""
-        for key in ("count", "verdict", "refusal"):
-            self._store.delete_key(f"{key} {at - 1}")  # all have read it, or would not be here
-        if total >> _CODES != code * world:
+        total = self._store.add(f"count {at}", (code << _CODES) + (flag << _FLAGS) + 1)
+        alike = total & _MASK == world and total >> _CODES == code * world
+        # Others wait for the last one's verdict: all else comes after it.
+        verdict = self._decide(at, str(int(total >> _FLAGS & _MASK > 0))) if alike else ""
+        self._store.set(f"rank {self._me}", f"{at} came for {what}")
+        if total & _MASK == 1:
+            for key in ("count", "verdict", "refusal"):
+                # All have come once more since, and have read it.
+                self._store.delete_key(f"{key} {at - 2}")
+        if total & _MASK == world and not alike:
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until and not all(self._told(at)):
+                time.sleep(0.001)  # all have come, and are about to say for what
             return self._decide(at, self._out_of_step(at))
-        return self._decide(at, str(int(total >> _FLAGS & _MASK > 0)))
+        return verdict
+
+    def _told(self, at: int) -> Iterator[bool]:
+        return (when >= at for when, _ in map(self._last_of, self._ranks))
+
+    def _last_of(self, rank: int) -> tuple[int, str]:
+        """When a rank came last, and what for."""
+        key = f"rank {rank}"
+        if not self._store.check([key]):
+            return -1, "came for none"
+        when, what = self._store.get(key).decode().split(" ", 1)
+        return int(when), what
 
     def _decide(self, at: int, verdict: str) -> str:
         """The first decision counts."""
@@ -102,16 +127,12 @@ class Lockstep:
             return refusal.decode()
         said: dict[str, list[int]] = {}
         for rank in self._ranks:
-            key = f"rank {rank}"
-            there = (
-                self._store.get(key).decode() if self._store.check([key]) else "-1 came for none"
-            )
-            when, what = there.split(" ", 1)
-            if int(when) < at and not _runs(self._pids.get(rank)):
+            when, what = self._last_of(rank)
+            if when < at and not _runs(self._pids.get(rank)):
                 what = f"does not run any more (it {what})"
-            elif int(when) < at:
+            elif when < at:
                 what = f"has not come in {self._timeout.total_seconds():.0f} s (it {what})"
-            elif int(when) > at:
+            elif when > at:
                 what = "has gone on"
             said.setdefault(what, []).append(rank)
         found = "; ".join(f"{_ranks(ranks)} {what}" for what, ranks in said.items())

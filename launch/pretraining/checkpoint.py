@@ -79,11 +79,13 @@ def claimed(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     problem = ranks.from_first(problem)
     if problem:
         raise ConfigError(problem)
+    failed = True
     try:
         yield
+        failed = False
     finally:
         if owner is not None:
-            owner.release()
+            owner.release(failed)
 
 
 def save(

@@ -227,8 +227,9 @@ class TrainConfig(_Section):
     log_every: PositiveInt = 10
     """Steps between log lines; every step is in log.jsonl."""
     tensors_every: Count = 0
-    """Times ``log_every``: steps between rows of trust ratio, ||x|| and ||u|| of every weight
-    matrix in ``tensors.jsonl``, TensorBoard histograms, and a heat map at the end; 0 = none."""
+    """Times ``log_every``: steps between rows of trust ratio, ||x||, ||u|| and ||g|| of every
+    weight matrix in ``tensors.jsonl``, TensorBoard histograms, and a heat map at the end; 0 =
+    none."""
     noise_every: Count = 0
     """Steps between measurements of the gradient noise scale (arXiv 1812.06162), in sequences;
     each reads one micro-batch's gradients once more; 0 = none. Engines sharded and ddp."""

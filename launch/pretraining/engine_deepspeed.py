@@ -103,6 +103,7 @@ class DeepSpeedEngine:
             groups_of(model, optim),
             lr=lr,
             **{**optim.options(), "max_grad_norm": None},  # DeepSpeed clips
+            track_grad_norm=True,
         )
         self._module = model
         self._config = config

@@ -21,13 +21,13 @@ from pretraining.report import layer_group
 
 LOG_NAME = "tensors.jsonl"
 PICTURE_NAME = "trust_ratios.png"
-#: Columns of a row for each tensor: ||x|| / ||u||, ||x|| before the step, ||u||.
-COLUMNS = ("trust_ratio", "param_norm", "update_norm")
+#: Columns of a row for each tensor: ||x|| / ||u||, ||x|| before the step, ||u||, ||g||.
+COLUMNS = ("trust_ratio", "param_norm", "update_norm", "grad_norm")
 
 
 @dataclass(frozen=True)
 class TensorsRow:
-    """One step: for each weight matrix by name its trust ratio, ``||x||`` and ``||u||``, all L2."""
+    """One step: for each weight matrix by name what ``COLUMNS`` says, all L2 norms."""
 
     step: int
     tensors: dict[str, tuple[float, ...]]
@@ -39,14 +39,13 @@ def read_tensors(step: int, optimizer: Any, shapes: Mapping[str, torch.Size]) ->
     Biases and normalisation weights are left out, as in :func:`pretraining.report.summarize_trust`.
     """
     ratios: dict[str, Tensor] = optimizer.trust_ratios()
-    norms, updates = optimizer.param_norms(), optimizer.update_norms()
+    norms = (optimizer.param_norms(), optimizer.update_norms(), optimizer.grad_norms())
     names = [name for name in ratios if len(shapes[name]) > 1]
     if not names:
         return None
     nan = ratios[names[0]].new_full((), torch.nan)
     columns = [
-        torch.stack([of.get(name, nan).float() for name in names])
-        for of in (ratios, norms, updates)
+        torch.stack([of.get(name, nan).float() for name in names]) for of in (ratios, *norms)
     ]
     # One copy to the host for all.
     values = torch.stack(columns).T.tolist()

@@ -1,0 +1,116 @@
+"""What an optimizer's last step did: trust ratios and norms, read where the step left them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .kernels.segments import GRAD_SQ, Scalars
+from .rules import Rule
+
+#: device, trust ratios [params], sums [params, columns]
+Result: TypeAlias = tuple[torch.device, Tensor, Tensor]
+#: Of ratios, sums and scalars of a step, a value a param.
+Read: TypeAlias = Callable[[Tensor, Tensor, Scalars], Tensor]
+
+
+def unscaled(norm: Tensor, scalars: Scalars) -> Tensor:
+    inverse = scalars.inverse_scale(norm.device)
+    return (norm if inverse is None else norm * inverse).float()
+
+
+class LastStep:
+    """Reports of the last step. None waits for the device; reading the values does."""
+
+    named_groups: Callable[[], list[list[tuple[str, Tensor]]]]
+    rule_of: Callable[[], dict[Tensor, Rule]]
+    #: of each Update; None before the first step
+    _last: tuple[list[Result], Scalars | None] | None
+
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
+
+        NaN for a param that took no part in the last step; ``{}`` before the first. Reading the
+        values synchronizes with the device; calling this does not. The same on every rank.
+        """
+        return self._per_param(lambda ratios, sums, scalars: ratios)
+
+    def param_norms(self) -> dict[str, Tensor]:
+        """{name: ||x|| before the last step's update}; else as :meth:`trust_ratios`.
+
+        NaN too where the param's rule does not look at that norm.
+        """
+        return self._norms_named("x.x")
+
+    def update_norms(self) -> dict[str, Tensor]:
+        """{name: ||u|| of the last step}; else as :meth:`param_norms`."""
+        return self._norms_named("u.u")
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """{name: ||g|| of the last step, before clipping, the loss scale taken out}; else as
+        :meth:`trust_ratios`.
+
+        Raises ``RuntimeError`` where the last step was made without ``track_grad_norm=True``.
+        """
+
+        def read(ratios: Tensor, sums: Tensor, scalars: Scalars) -> Tensor:
+            if not scalars.track_grad_norm:
+                raise RuntimeError("grad_norms() needs an optimizer with track_grad_norm=True")
+            return torch.where(ratios.isnan(), ratios, unscaled(sums[:, GRAD_SQ].sqrt(), scalars))
+
+        return self._per_param(read)
+
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm of the last step's gradients, before clipping: float32 0-d, on the device.
+
+        Over all params and ranks, the loss scale taken out; 0 where no param had a gradient. Known
+        where gradients are clipped or non-finite ones skipped, and with ``track_grad_norm=True``,
+        which takes the first pass of a step on a GPU 3 % more time.
+
+        Raises ``RuntimeError`` where the last step did not look at it.
+        """
+        last, scalars = self._last or ([], None)
+        if scalars is None or not last:
+            return torch.zeros((), device=self.named_groups()[0][0][1].device)
+        square, home = scalars.grad_sq, last[0][0]
+        if square is None and not scalars.track_grad_norm:
+            raise RuntimeError(
+                "the last step did not add up the norm of the gradients: make the optimizer with "
+                "track_grad_norm=True (max_grad_norm and nonfinite='skip' do it too)"
+            )
+        if square is None:
+            square = torch.stack([sums[:, GRAD_SQ].sum().to(home) for _, _, sums in last]).sum()
+        return unscaled(square.sqrt(), scalars)
+
+    def _norms_named(self, late: str) -> dict[str, Tensor]:
+        known, ratios = self._per_param(lambda ratios, sums, scalars: sums), self.trust_ratios()
+        found = {}
+        for (name, sums), rule in zip(known.items(), self._rule_of_each()):
+            norm = torch.full_like(ratios[name], torch.nan)
+            if late in rule.late and sums.dim():
+                square = sums[rule.late.index(late)]
+                norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
+            found[name] = norm
+        return found
+
+    def _rule_of_each(self) -> list[Rule]:
+        """In the order in which params are reported."""
+        return list(self.rule_of().values())
+
+    def _per_param(self, read: Read) -> dict[str, Any]:
+        if self._last is None:
+            return {}
+        last, scalars = self._last
+        found = {}
+        if scalars is not None:
+            found = {device: read(ratios, sums, scalars) for device, ratios, sums in last}
+        return {
+            name: found[p.device][i]
+            if p.device in found
+            else torch.full((), torch.nan, device=p.device)
+            for i, (name, p) in enumerate(chain.from_iterable(self.named_groups()))
+        }
