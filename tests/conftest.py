@@ -15,6 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    _require_groups(session)
+    _compile_deepspeed_ops(session)
+
+
+def _require_groups(session: pytest.Session) -> None:
+    """Without groups tests run twice what they share, and programs that meet by a name collide."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False):
+        assert all("@" in item.nodeid for item in grouped), "this pytest-xdist makes no groups"
+
+
+def _compile_deepspeed_ops(session: pytest.Session) -> None:
     """Compile what tests marked ``deepspeed_ops`` load, before the first test's clock runs."""
     if not any(item.get_closest_marker("deepspeed_ops") for item in session.items):
         return

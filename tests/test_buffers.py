@@ -22,7 +22,7 @@ from dist_lamb.sharding.layout import TILE, Layout
 from dist_lamb.sharding.shards import spec_of
 from dist_lamb.state import states_of
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def _replaced_memory(rank: int, world: int) -> None:

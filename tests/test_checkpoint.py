@@ -126,7 +126,7 @@ def _reshard(rank: int, world: int, folder: str) -> str:
     return "ok"
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_every_number_of_ranks_and_back(tmp_path: Path) -> None:
     """Saved at W = 4, loaded at 1, 2, 3, 4 and by Lamb; the run goes on with the same bits."""
     assert run_ranks(4, tmp_path, _reshard, str(tmp_path / "run")) == ["ok"] * 4
@@ -216,7 +216,7 @@ def _fully_sharded(rank: int, world: int, folder: str) -> None:
         assert torch.equal(p, q.full_tensor())  # type: ignore[attr-defined]
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_dtensors_and_back(tmp_path: Path) -> None:
     """Into Lamb on DTensors, on one and on two mesh axes, and into FSDP2, and back."""
     assert run_ranks(4, tmp_path, _dtensors, str(tmp_path / "run")) == ["ok"] * 4
@@ -259,7 +259,7 @@ def _features(rank: int, world: int, folder: str) -> str:
     return "ok"
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_features(tmp_path: Path) -> None:
     assert run_ranks(3, tmp_path, _features, str(tmp_path / "run")) == ["ok"] * 3
 

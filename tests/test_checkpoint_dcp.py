@@ -109,7 +109,7 @@ def _fsdp2_without_us(rank: int, world: int, folder: str) -> str:
     return "ok"
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_fsdp2_programs_without_us(tmp_path: Path) -> None:
     model = net()
     lamb = Lamb(model.parameters(), lr=0.125)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from dist_lamb import ShardedLamb
 from dist_lamb.sharding.comm import Comm, DeviceMesh
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def _broadcasts(rank: int, world: int) -> None:

@@ -14,7 +14,7 @@ from deepspeed_runs import Case, Run, last_norms, launched, plain, worst_error
 from ranks import run_ranks
 
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 

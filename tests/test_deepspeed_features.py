@@ -26,7 +26,7 @@ from dist_lamb.deepspeed_adapter import (
 from dist_lamb.sharding.comm import Comm
 
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 

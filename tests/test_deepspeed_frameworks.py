@@ -24,7 +24,7 @@ from dist_lamb.deepspeed_adapter import DeepSpeedLamb, check_config, register
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.skipif(
         any(find_spec(name) is None for name in ("deepspeed", "accelerate", "transformers")),
         reason="deepspeed, accelerate or transformers is not installed",

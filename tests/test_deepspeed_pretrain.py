@@ -20,7 +20,7 @@ from pretraining.engine_deepspeed import read_config
 from pretraining.report import read_log
 
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.usefixtures("no_process_group_left"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
     pytest.mark.filterwarnings("ignore:Unable to enable fault handler"),

@@ -29,7 +29,7 @@ from dist_lamb import Lamb, ShardedLamb
 from dist_lamb.deepspeed_adapter import DeepSpeedLamb, register
 
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from dist_lamb import Lamb, ShardedLamb
 from dist_lamb.norms import DTensorNorms
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "max_grad_norm": 1.0}
 STEPS = 20

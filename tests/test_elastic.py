@@ -21,7 +21,7 @@ from pretraining.report import read_log
 
 from dist_lamb import checkpoint
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("programs")
 
 
 class _Rows:
@@ -221,7 +221,7 @@ def test_restarts_that_would_start_over_are_refused(
 
 def test_a_few_kills(tmp_path: Path) -> None:
     # Of 27 ms on a quiet machine; the kills come up to 3 s after a start.
-    counts = soak_kill.soak(tmp_path, kills=2, steps=300, first_saved=True)
+    counts = soak_kill.soak(tmp_path, kills=2, steps=200, first_saved=True)
     print(counts)
     assert not counts.lost, (tmp_path / "killed.log").read_text()[-4000:]
     assert counts.kills >= 2

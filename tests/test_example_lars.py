@@ -24,7 +24,7 @@ def _losses(rank: int, world: int) -> list[float]:
     return losses
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_lars(tmp_path: Path) -> None:
     for losses in run_ranks(2, tmp_path, _losses):
         assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses

@@ -21,7 +21,7 @@ from ranks import run_ranks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FOLDER = Path(__file__).parent.parent / "launch" / "examples"
 pytestmark = [
-    pytest.mark.xdist_group("distributed"),
+    pytest.mark.xdist_group("programs"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_lamb import ShardedLamb, param_groups
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def _own_modules(rank: int, world: int) -> list[Tensor]:

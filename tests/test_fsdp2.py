@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import (
 
 from dist_lamb import Lamb
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 WHOLE = StateDictOptions(full_state_dict=True)
 
 

@@ -13,13 +13,13 @@ import pytest
 WORLDS = (1, 2, 3)
 #: (impl, seeds in CI, seeds of the long run)
 LAMB = [
-    pytest.param("reference", 6, 600, id="reference"),
-    pytest.param("foreach", 15, 1200, id="foreach"),
+    pytest.param("reference", 4, 600, id="reference"),
+    pytest.param("foreach", 10, 1200, id="foreach"),
     pytest.param("compiled", 2, 40, id="compiled", marks=pytest.mark.xdist_group("compile")),
     pytest.param("triton", 2, 150, id="triton", marks=pytest.mark.xdist_group("triton")),
 ]
 SHARDED = [
-    pytest.param("foreach", 4, 200, id="foreach"),
+    pytest.param("foreach", 2, 200, id="foreach"),
     pytest.param("triton", 1, 30, id="triton", marks=pytest.mark.xdist_group("triton")),
 ]
 
@@ -48,6 +48,8 @@ def test_lamb(impl: str, few: int, many: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("impl", "few", "many"), SHARDED)
 def test_sharded(impl: str, few: int, many: int, world: int) -> None:
+    if impl == "triton" and world != 2:
+        pytest.skip("the interpreter is slow")
     _fuzz(impl, range(few), world)
 
 

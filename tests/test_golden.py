@@ -88,7 +88,7 @@ def _replay(rank: int, group: Any, cases: list[Case]) -> dict[Case, tuple[float,
     return found
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     "cases",
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import launched_runs
 import pytest
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("programs")
 
 
 def _launch(kind: str) -> None:

@@ -82,7 +82,7 @@ def _ranks(rank: int, world: int) -> dict[int, list[float]]:
     return found
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_over_ranks(tmp_path: Path) -> None:
     """Small batches are the ranks' own: as one process that looks at each half."""
     wanted = []

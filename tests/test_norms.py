@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from dist_lamb.norms import DTensorNorms, FlatNorms
 from dist_lamb.sharding.comm import Comm
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def _replicas_add_in_rank_order(rank: int, mesh: DeviceMesh) -> None:

@@ -337,7 +337,7 @@ def _several(rank: int, world: int, config: Path, runs: Path, engine: str) -> li
     return [str(caught.value)]
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 @pytest.mark.parametrize("engine", ["sharded", "ddp", "fsdp2"])
 def test_all_ranks_skip_what_one_cannot_use(config: Path, tmp_path: Path, engine: str) -> None:
     errors = run_ranks(2, tmp_path, _several, config, tmp_path / "runs", engine)
@@ -374,7 +374,7 @@ def script(tmp_path: Path) -> Callable[[Collection[int]], Path]:
     return script
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_torchrun_ends_with_the_message(
     config: Path,
     tmp_path: Path,
@@ -388,10 +388,12 @@ def test_torchrun_ends_with_the_message(
     assert "exitcode  : 2" in printed
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 @pytest.mark.deepspeed_ops
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_deepspeed(
     config: Path,
     tmp_path: Path,

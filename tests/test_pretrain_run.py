@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_path: Path) -> None:
     one = run_here(config, tmp_path / "one")
     train = [row for row in one if row["kind"] == "train"]
@@ -314,7 +314,7 @@ def _engines_change(rank: int, world: int, config: Path, runs: Path) -> None:
             pretrain.train(load_config(config, [*overrides, f"optim.engine={engine}"]), ranks)
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_engines_give_the_same_curve_and_resume_each_other(config: Path, tmp_path: Path) -> None:
     run_ranks(2, tmp_path, _engines_change, config, tmp_path / "runs")
     one, other = (read_log(tmp_path / "runs" / name / "log.jsonl") for name in ("one", "other"))

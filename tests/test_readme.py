@@ -57,7 +57,7 @@ def test_block(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     checkpoint.wait()
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_blocks_with_ranks(tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

@@ -180,7 +180,7 @@ def _engines(rank: int, world: int, expected: dict[str, Tensor], folder: str) ->
     return each_world(rank, world, _sharded, folder), _on_meshes(world, expected)
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("ranks")
 def test_rules_together_in_every_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same bits at every world size, and on DTensors as on whole tensors; one all-reduce a mesh
     axis for late sums and one for early ones, whatever the number of rules and params. And through

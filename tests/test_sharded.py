@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dist_lamb import Lamb, ShardedLamb
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.xdist_group("ranks")
 #: (impl, stage, bucket_numel), the first of each impl being what the others must equal
 RUNS = [
     ("reference", 1, 2**24),

@@ -279,7 +279,7 @@ def two_ranks(rank: int, world: int, folder: Path) -> Any:
     return found
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.xdist_group("programs")
 def test_sharded_saves_and_resumes_on_two_ranks(tmp_path: Path) -> None:
     one, other = run_ranks(2, tmp_path, two_ranks, tmp_path)
     control = Tagger()
