@@ -7,10 +7,10 @@ a master       a bfloat16 param and 16 bits more: the param is the master rounde
                half away from zero, and the master is their sum as patterns
 =============  =================================================================================
 
-One source for tensors and for Triton: only ``+ * ^ & | >> <<`` and comparisons of int32, and the
-three names ``bits``, ``real`` and ``where``, of which Triton has its own. Integers, because a
-backend must not choose how to round. ``>>`` of int32 copies the sign, hence the masks after it;
-``*`` and ``+`` wrap around.
+One source for tensors and for Triton: only ``+ * ^ & | >> <<`` of int32, comparisons, and the four
+names ``bits``, ``real``, ``where`` and ``magnitude``, of which Triton has its own. Integers, for a
+backend must not choose how to round; float32 is only compared, which is exact. ``>>`` of int32
+copies the sign, hence the masks after it; ``*`` and ``+`` wrap around.
 
 Random bits are a hash of (element of the whole param, the param's own step): of no position in a
 buffer, shard or launch, so the same bits come out however the param is sharded. The mixing function
@@ -39,6 +39,10 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return torch.where(condition, a, b)
 
 
+def magnitude(x: Any) -> Any:
+    return x.abs()
+
+
 # --- random bits ----------------------------------------------------------------------------------
 
 
@@ -56,7 +60,16 @@ def seed_of(step: Any, pair: Any) -> Any:
 
 def random_bits(low: Any, high: Any, seed: Any) -> Any:
     """32 bits for an element, whose int64 number has the halves ``low`` and ``high``."""
-    return mixed(low ^ (seed + high * -0x61C88647))
+    return salted_bits(low, salt_of(high, seed))
+
+
+def salt_of(high: Any, seed: Any) -> Any:
+    """What all elements have alike whose numbers have this high half."""
+    return seed + high * -0x61C88647
+
+
+def salted_bits(low: Any, salt: Any) -> Any:
+    return mixed(low ^ salt)
 
 
 # --- bfloat16 -------------------------------------------------------------------------------------
@@ -68,11 +81,9 @@ def bfloat16_at_random(x: Any, r: Any) -> Any:
     Of the 65,536 values of ``r`` as many give the larger neighbour as ``x`` is near to it. What is
     finite stays finite, inf stays inf, NaN stays NaN.
     """
-    b = bits(x)
-    magnitude = b & 0x7FFFFFFF
     # From the largest bfloat16 on nothing is added: it would give inf, and of a NaN anything.
-    h = (b + where(magnitude < 0x7F7F0000, r & 0xFFFF, 0)) >> 16
-    return where(magnitude > 0x7F800000, h | 0x40, h)
+    h = (bits(x) + where(magnitude(x) < 3.3895313892515355e38, r & 0xFFFF, 0)) >> 16
+    return where(x == x, h, h | 0x40)
 
 
 def bfloat16_to_nearest(x: Any) -> Any:
@@ -94,8 +105,7 @@ def param_of(x: Any) -> Any:
     It is inf for those 32,768 masters of either sign that are nearer to inf than to the largest
     bfloat16, and a quiet NaN for every NaN.
     """
-    b = bits(x)
-    return where((b & 0x7FFFFFFF) > 0x7F800000, (b >> 16) | 0x40, (b + 0x8000) >> 16)
+    return where(x == x, (bits(x) + 0x8000) >> 16, (bits(x) >> 16) | 0x40)
 
 
 def remainder_of(x: Any) -> Any:
@@ -103,8 +113,7 @@ def remainder_of(x: Any) -> Any:
 
     Its sign tells whether the param was rounded away from zero.
     """
-    b = bits(x)
-    return where((b & 0x7FFFFFFF) > 0x7F800000, 0, ((b + 0x8000) & 0xFFFF) - 0x8000)
+    return where(x == x, ((bits(x) + 0x8000) & 0xFFFF) - 0x8000, 0)
 
 
 def master_of(h: Any, remainder: Any) -> Any:

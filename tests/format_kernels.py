@@ -15,12 +15,16 @@ from dist_lamb.kernels.triton_formats import (
     numbers_of,
     of_bfloat16,
     param_of,
+    places_of,
+    random_at,
     random_bits,
     remainder_of,
     seed_of,
 )
 
 BLOCK = 512
+#: of the random bits
+STEP, PAIR = tl.constexpr(3), tl.constexpr(1)
 
 
 @triton.jit
@@ -40,16 +44,19 @@ def all_formats(x, r, out, n, BLOCK: tl.constexpr):
 @triton.jit
 def all_numbers(rows, out, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(0)
-    row = rows + k * (2 * DIMS + 1)
+    places = places_of(rows + k * (2 * DIMS + 1), 1, DIMS)
     for i in range(2):
-        found = numbers_of(row, 1, i * BLOCK, DIMS, BLOCK)
-        tl.store(out + k * 2 * BLOCK + i * BLOCK + tl.arange(0, BLOCK), found)
+        at = k * 2 * BLOCK + i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at, numbers_of(places, i * BLOCK, DIMS, BLOCK))
+        random = random_at(places, i * BLOCK, tl.full([], STEP, tl.float64), PAIR, DIMS, BLOCK)
+        tl.store(out + tl.num_programs(0) * 2 * BLOCK + at, random.to(tl.int64))
 
 
 def run(x: Tensor, r: Tensor, rows: Tensor, dims: int) -> list[Tensor]:
-    """The outputs of the first kernel, int32 each, and the numbers [rows, 1024], int64."""
+    """The outputs of the first kernel, int32 each, and [2, rows, 1024] int64: the numbers, and
+    random bits of them."""
     out = torch.zeros(7, len(x), dtype=torch.int32, device=x.device)
-    numbers = torch.zeros(len(rows), 2 * BLOCK, dtype=torch.int64, device=rows.device)
+    numbers = torch.zeros(2, len(rows), 2 * BLOCK, dtype=torch.int64, device=rows.device)
     if len(x):
         all_formats[(len(x) // BLOCK,)](x, r, out, len(x), BLOCK=BLOCK)
     all_numbers[(len(rows),)](rows, numbers, DIMS=dims, BLOCK=BLOCK)

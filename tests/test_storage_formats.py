@@ -287,11 +287,20 @@ def _check_numbers(run: Callable[..., list[Tensor]], device: str) -> None:
         (Elements(3, 5 * big + 1, (1000,), (1, big)), 2000),
         (Elements(3, 2**34, (7, 1000), (2**20, 1, big)), 2000),
     ]
-    dims = max(len(elements.strides) for elements, _ in found)
-    rows = torch.tensor([elements.row(dims) for elements, _ in found])
-    here = [t.to(device) for t in (torch.zeros(0), torch.zeros(0).int(), rows)]
-    got = run(*here, dims)[-1]
-    for (elements, numel), numbers in zip(found, got, strict=True):
-        q = torch.arange(elements.first, elements.first + 1024)
-        want = numbers_of(q, elements.start, elements.sizes, elements.strides)
-        assert torch.equal(numbers[:numel], want[:numel]), elements
+    contiguous = [(piece, n) for piece, n in found if not piece.sizes]
+    # Blocks that begin, end and are cut at a multiple of 2^32.
+    contiguous += [
+        (Elements(2**32 * k + start, 0, (), (stride,)), 1024)
+        for k, start, stride in ((0, 0, 1), (1, -1, 1), (5, -512, 1), (3, -700, 2), (1, 9, 2**22))
+    ]
+    for pieces in (found, contiguous):
+        dims = max(len(elements.strides) for elements, _ in pieces)
+        rows = torch.tensor([elements.row(dims) for elements, _ in pieces])
+        here = [t.to(device) for t in (torch.zeros(0), torch.zeros(0).int(), rows)]
+        for (elements, numel), numbers, random in zip(pieces, *run(*here, dims)[-1], strict=True):
+            q = torch.arange(elements.first, elements.first + 1024)
+            want = numbers_of(q, elements.start, elements.sizes, elements.strides)
+            assert torch.equal(numbers[:numel], want[:numel]), elements
+            seed = formats.seed_of(torch.tensor(3, dtype=torch.int32), 1)
+            bits = formats.random_bits(want.int(), (want >> 32).int(), seed)
+            assert torch.equal(random[:numel].int(), bits[:numel]), elements

@@ -29,9 +29,17 @@ class Launches:
         self._compiled: dict[Hashable, Any] = {}
         self._index = device.index
 
-    def __call__(self, kernel: Any, key: Hashable, programs: int, *args: Any) -> None:
+    def __call__(
+        self,
+        kernel: Any,
+        key: Hashable,
+        programs: int,
+        *args: Any,
+        registers: int | None = None,
+    ) -> None:
         """Launch ``kernel``. ``key`` is whatever may compile it in another way: constants, which
-        arguments are None, dtypes behind pointers."""
+        arguments are None, dtypes behind pointers. ``registers``: at most so many a thread, where
+        the compiler can be told."""
         if not programs:
             return
         # By id: a JITFunction's own hash is one of its source.
@@ -41,7 +49,8 @@ class Launches:
             return
         # Products and sums rounded apart: which of them are fused would change with the kind of
         # step, and so would the bits. In the interpreter there is nothing to keep.
-        compiled = kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False)
+        limits = {"maxnreg": registers} if registers and not torch.version.hip else {}
+        compiled = kernel[(programs,)](*args, num_warps=WARPS, enable_fp_fusion=False, **limits)
         self._compiled[id(kernel), key] = compiled
 
     def _launch_compiled(self, compiled: Any, programs: int, args: Any) -> None:

@@ -27,10 +27,10 @@ from .triton_math import (
     CHUNK_COLUMNS,
     COPY_SHIFT,
     GRAD_SHIFT,
-    NARROW_SHIFT,
-    NEAREST_SHIFT,
+    NARROW_REGISTERS,
     REMAINDER_SHIFT,
     SHRINK,
+    STATE_SHIFT,
     STEP_COLUMNS,
 )
 
@@ -95,19 +95,19 @@ class TritonUpdate:
         copies = [0 if s.copy is None else _CODES[s.copy.dtype] for s in segments]
         self._grad_dtype, self._copy_dtype = _common(codes), _common(copies)
         narrow, split = (
-            [int(s.narrow) for s in segments],
+            [s.narrow * (1 + s.nearest) for s in segments],
             [int(s.remainder is not None) for s in segments],
         )
         #: what the kernels are compiled for: formats of states and params, dims of their elements
         self._state_kind, self._x_kind = _common(narrow), _common(split)
-        self._dims = max((len(s.elements.strides) for s in segments if s.narrow), default=1)
+        dims = [s.elements.dims_in_blocks(BLOCK) for s in segments if s.narrow]
+        self._dims = max(dims, default=1)
         memory = [[s.x, s.copy, *s.states, s.remainder] for s in segments]
         fixed = [[0 if t is None else t.data_ptr() for t in of_one] for of_one in memory]
         # int64 [rows, segments], rows as triton_math names them: gradient, flags, x, copy, states
         self._host = int64([[0, 0, *row] for row in fixed]).view(len(segments), -1).T.contiguous()
         self._dtypes = int64(codes) << int(GRAD_SHIFT) | int64(copies) << int(COPY_SHIFT)
-        self._dtypes |= int64(narrow) << int(NARROW_SHIFT) | int64(split) << int(REMAINDER_SHIFT)
-        self._dtypes |= int64([int(s.nearest) for s in segments]) << int(NEAREST_SHIFT)
+        self._dtypes |= int64(narrow) << int(STATE_SHIFT) | int64(split) << int(REMAINDER_SHIFT)
         self._unaligned = ((self._host & 15) != 0).any(dim=0)
         if self._state_kind:
             elements = int64([s.elements.row(self._dims) for s in segments])
@@ -236,6 +236,7 @@ class TritonUpdate:
                 self._num_chunks, *self._tables(), self._options, self.counters, self._active,
                 *self._step_args(), self._groups.numels, self._partials, norm, once,
                 self._grad_dtype, copy, *self._formats, BLOCK,
+                registers=NARROW_REGISTERS if self._state_kind else None,
             )  # fmt: skip
             # After the launch, behind which the host can hide it.
             alone = len(self._own) == len(self.counters)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import storage_formats
-from .triton_math import BFLOAT16, FLOAT32, load, pointer_at, store
+from .triton_math import BFLOAT16, FLOAT32, MIXED, NEAREST, load, pointer_at, store
 from .triton_rules import bound
 
 
@@ -29,11 +29,16 @@ def where(condition, a, b):
     return tl.where(condition, a, b)
 
 
+@triton.jit
+def magnitude(x):
+    return tl.abs(x)
+
+
 def _jitted() -> dict[str, Any]:
-    """All functions of ``storage_formats``, calling each other and the three above."""
+    """All functions of ``storage_formats``, calling each other and the four above."""
     # Triton looks for its own module in a function's namespace, and evaluates annotations there.
     names: dict[str, Any] = {"tl": tl, "Any": tl.constexpr(0)}
-    names |= {"bits": bits, "real": real, "where": where}
+    names |= {"bits": bits, "real": real, "where": where, "magnitude": magnitude}
     for name, fn in vars(storage_formats).items():
         if isinstance(fn, types.FunctionType) and name not in names:
             names[name] = bound(fn, **names)
@@ -41,7 +46,8 @@ def _jitted() -> dict[str, Any]:
 
 
 _names = _jitted()
-seed_of, random_bits = _names["seed_of"], _names["random_bits"]
+seed_of, salt_of, salted_bits = (_names[n] for n in ("seed_of", "salt_of", "salted_bits"))
+random_bits = _names["random_bits"]
 bfloat16_at_random, bfloat16_to_nearest = (
     _names["bfloat16_at_random"],
     _names["bfloat16_to_nearest"],
@@ -54,35 +60,56 @@ param_of, remainder_of = _names["param_of"], _names["remainder_of"]
 
 
 @triton.jit
-def numbers_of(row, step, at, DIMS: tl.constexpr, BLOCK: tl.constexpr):
-    """int64 [BLOCK]: which elements of the whole param lie from ``at`` on in a piece's memory.
-
-    ``row`` is Elements.row(DIMS) on the device, ``step`` apart. Divisions of the block are of 32
-    bits: those of 64 would take longer than all else.
-    """
-    begin = tl.load(row) + at
-    number = tl.load(row + step) + tl.zeros([BLOCK], tl.int64)
-    q = tl.arange(0, BLOCK)
-    for d in tl.static_range(DIMS - 1):
-        size = tl.load(row + (2 + d) * step)
-        stride = tl.load(row + (1 + DIMS + d) * step)
-        q = (begin % size).to(tl.int32) + q
-        begin = begin // size
-        number += (q % size.to(tl.int32)).to(tl.int64) * stride
-        q = q // size.to(tl.int32)
-    return number + (begin + q) * tl.load(row + 2 * DIMS * step)
+def places_of(row, step, DIMS: tl.constexpr):
+    """A piece's Elements.row(DIMS), which lies on the device, ``step`` apart."""
+    found = ()
+    for k in tl.static_range(2 * DIMS + 1):
+        found = found + (tl.load(row + k * step),)
+    return found
 
 
 @triton.jit
-def random_of(numbers, t, pair):
-    """32 bits for each element at its param's step ``t``."""
-    low, high = numbers.to(tl.int32), (numbers >> 32).to(tl.int32)
-    return random_bits(low, high, seed_of(t.to(tl.int32), pair))
+def numbers_of(places, at, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    """int64 [BLOCK]: which elements of the whole param lie from ``at`` on in a piece's memory.
+
+    Divisions of the block are of 32 bits: those of 64 would take longer than all else.
+    """
+    begin, number, last = places[0] + at, places[1], places[2 * DIMS]
+    q = tl.arange(0, BLOCK)
+    if DIMS == 1:
+        return (number + begin * last) + q.to(tl.int64) * last
+    else:
+        numbers = number + tl.zeros([BLOCK], tl.int64)
+        for d in tl.static_range(DIMS - 1):
+            size, stride = places[2 + d], places[1 + DIMS + d]
+            q = (begin % size).to(tl.int32) + q
+            begin = begin // size
+            numbers += (q % size.to(tl.int32)).to(tl.int64) * stride
+            q = q // size.to(tl.int32)
+        return numbers + (begin + q) * last
+
+
+@triton.jit
+def random_at(places, at, t, pair, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+    """32 bits for each element at its param's step ``t``; with DIMS = 1 of a piece whose stride is
+    below 2**32 / BLOCK."""
+    seed = seed_of(t.to(tl.int32), pair)
+    if DIMS == 1:
+        # Of 64 bits is the first number alone: a high half in a block is that one's or one more.
+        first = places[1] + (places[0] + at) * places[2]
+        begin, high = first.to(tl.int32), (first >> 32).to(tl.int32)
+        low = begin + tl.arange(0, BLOCK) * places[2].to(tl.int32)
+        carried = low.to(tl.uint32, bitcast=True) < begin.to(tl.uint32, bitcast=True)
+        salt = tl.where(carried, salt_of(high + 1, seed), salt_of(high, seed))
+    else:
+        numbers = numbers_of(places, at, DIMS, BLOCK)
+        low, salt = numbers.to(tl.int32), salt_of((numbers >> 32).to(tl.int32), seed)
+    return salted_bits(low, salt)
 
 
 # --- memory ---------------------------------------------------------------------------------------
-# A KIND says what holds for all segments: FLOAT32 nowhere, BFLOAT16 everywhere, MIXED where `code`,
-# a number of the segment, is not 0.
+# A KIND says what holds for all segments: FLOAT32 nowhere, BFLOAT16 everywhere, states with NEAREST
+# rounded so, MIXED what `code`, a number of the segment, says.
 
 
 @triton.jit
@@ -110,7 +137,7 @@ def load_state(
     """A state as float32."""
     if KIND == FLOAT32:
         return load(address, offset, mask, tl.float32, aligned, BLOCK)
-    elif KIND == BFLOAT16:
+    elif KIND != MIXED:
         return of_bfloat16(_load_bits(address, offset, mask, aligned, BLOCK))
     else:
         if code != 0:
@@ -122,27 +149,27 @@ def load_state(
 
 @triton.jit
 def store_state(
-    address, offset, value, random, nearest, mask, code, KIND: tl.constexpr,
-    aligned: tl.constexpr, BLOCK: tl.constexpr,
+    address, offset, value, random, mask, code, KIND: tl.constexpr, aligned: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What was stored of a new state: with bfloat16 the 16 low bits of ``random`` round it."""
     if KIND == FLOAT32:
         store(address, offset, value, mask, tl.float32, aligned, BLOCK)
         return value
+    elif KIND != MIXED:
+        h = bfloat16_to_nearest(value) if KIND == NEAREST else bfloat16_at_random(value, random)
+        _store_bits(address, offset, h, mask, aligned, BLOCK)
+        return of_bfloat16(h)
     else:
-        h = bfloat16_at_random(value, random)
-        if nearest != 0:
-            h = bfloat16_to_nearest(value)
-        if KIND == BFLOAT16:
-            _store_bits(address, offset, h, mask, aligned, BLOCK)
-            return of_bfloat16(h)
+        if code == FLOAT32:
+            store(address, offset, value, mask, tl.float32, aligned, BLOCK)
         else:
-            if code != 0:
-                _store_bits(address, offset, h, mask, aligned, BLOCK)
-                value = of_bfloat16(h)
-            else:
-                store(address, offset, value, mask, tl.float32, aligned, BLOCK)
-            return value
+            h = bfloat16_at_random(value, random)
+            if code == NEAREST:
+                h = bfloat16_to_nearest(value)
+            _store_bits(address, offset, h, mask, aligned, BLOCK)
+            value = of_bfloat16(h)
+        return value
 
 
 @triton.jit

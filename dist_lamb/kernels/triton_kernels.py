@@ -36,11 +36,11 @@ from .triton_math import (
     BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, END_CHUNK, ERASED, FIRST_BLOCK, FIRST_CHUNK, FLAGS,
     FLOAT16, GRAD, GRAD_SCALE, GRAD_SHIFT, GROUP, GROUP_COLUMNS, LR, MAX_GRAD_NORM, MIXED, NUMEL,
     PARAM, PARAM_COLUMNS, PARAM_GROUP, PARAM_INDEX, SEGMENT, SHRINK, SIGN, STATE, STEP_COLUMNS,
-    UPDATED, X, NARROW_SHIFT, NEAREST_SHIFT, REMAINDER_SHIFT, learning_rate, load_any, participates,
+    UPDATED, X, NEAREST, REMAINDER_SHIFT, STATE_SHIFT, learning_rate, load_any, participates,
     store, sum_partials, whole_blocks,
 )
 from .triton_formats import (
-    load_state, load_x, numbers_of as elements_of, random_of, store_state, store_x,
+    load_state, load_x, places_of, random_at, store_state, store_x,
 )
 # fmt: on
 from .triton_rules import bound, names_of, on_device
@@ -91,12 +91,14 @@ def _sweep(
     g = tl.load(segment + GRAD * num_segments)
     x = tl.load(segment + X * num_segments)
     copy = tl.load(segment + COPY * num_segments)
-    narrow, nearest = (flags >> NARROW_SHIFT) & 1, (flags >> NEAREST_SHIFT) & 1
-    split = (flags >> REMAINDER_SHIFT) & 1
+    narrow, split = (flags >> STATE_SHIFT) & 3, (flags >> REMAINDER_SHIFT) & 1
     remainder = x
     if X_KIND:
         remainder = tl.load(segment + (STATE + NUM_STATES) * num_segments)
-    places = segment + (STATE + NUM_STATES + 1) * num_segments
+    places = ()
+    if MOMENTS and STATE_KIND:
+        # Once: in the loop the stores that may be to the same memory would have them read again.
+        places = places_of(segment + (STATE + NUM_STATES + 1) * num_segments, num_segments, DIMS)
     memory = ()
     for k in tl.static_range(NUM_STATES):
         memory = memory + (tl.load(segment + (STATE + k) * num_segments),)
@@ -125,15 +127,14 @@ def _sweep(
             stored = ()
             random = tl.zeros([BLOCK], tl.int32)
             for k in tl.static_range(NUM_STATES):
-                if STATE_KIND:
+                if STATE_KIND and STATE_KIND != NEAREST:
                     if k % 2:
                         random = random >> 16
                     else:
-                        numbers = elements_of(places, num_segments, at, DIMS, BLOCK)
-                        random = random_of(numbers, t, k // 2)
+                        random = random_at(places, at, t, k // 2, DIMS, BLOCK)
                 stored = stored + (
                     store_state(
-                        memory[k], at, states[k], random, nearest, mask, narrow, STATE_KIND,
+                        memory[k], at, states[k], random, mask, narrow, STATE_KIND,
                         not MASKED, BLOCK,
                     ),
                 )  # fmt: skip

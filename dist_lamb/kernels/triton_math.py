@@ -12,6 +12,9 @@ from . import groups as _groups
 #: on an H200.
 BLOCK = 512
 WARPS = 4
+#: Registers a thread of a pass that rounds: the compiler would take up to 120, with which fewer
+#: threads fit on a multiprocessor than it takes to keep the memory busy. With 72 some are spilled.
+NARROW_REGISTERS = 80
 
 # --- the tables, as the kernels read them ---------------------------------------------------------
 
@@ -39,9 +42,11 @@ SIGN, MAX_GRAD_NORM, LR_ADDRESS, LR_DTYPE, LR = (
 GRAD, FLAGS, X, COPY, STATE = _constants("grad", "flags", "x", "copy", "state")
 # flags: all addresses are multiples of 16; then the dtypes of gradient and copy
 ALIGNED, GRAD_SHIFT, COPY_SHIFT = tl.constexpr(1), tl.constexpr(1), tl.constexpr(3)
-# bfloat16 states; rounded to nearest; a bfloat16 param with a remainder
-NARROW_SHIFT, NEAREST_SHIFT, REMAINDER_SHIFT = (tl.constexpr(i) for i in (5, 6, 7))
+# of the states; whether a bfloat16 param has a remainder
+STATE_SHIFT, REMAINDER_SHIFT = tl.constexpr(5), tl.constexpr(7)
 FLOAT32, BFLOAT16, FLOAT16, MIXED = (tl.constexpr(i) for i in range(4))
+#: of states: bfloat16 rounded to nearest, not at random
+NEAREST = tl.constexpr(2)
 # what norms leaves for apply, float32 [params, STEP_COLUMNS]; shrink, steps and then the rule's
 # coefficients end it
 STEP_COLUMNS = tl.constexpr(24)

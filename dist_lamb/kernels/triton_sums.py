@@ -18,7 +18,6 @@ from .triton_math import (
     FLAGS,
     GRAD,
     GRAD_SHIFT,
-    NARROW_SHIFT,
     NUMEL,
     PARAM,
     PARAM_COLUMNS,
@@ -26,6 +25,7 @@ from .triton_math import (
     REMAINDER_SHIFT,
     SEGMENT,
     STATE,
+    STATE_SHIFT,
     STEP_COLUMNS,
     X,
     load_any,
@@ -215,7 +215,7 @@ def history(
         count += _nonzero(load_any(g, at_i, mask, code, KIND, False, BLOCK))
         for k in tl.static_range(NUM_STATES):
             state = tl.load(segment + (STATE + k) * num_segments)
-            narrow = (flags >> NARROW_SHIFT) & 1
+            narrow = (flags >> STATE_SHIFT) & 3
             count += _nonzero(load_state(state, at_i, mask, narrow, STATE_KIND, False, BLOCK))
     tl.store(partials + at, tl.sum(count))
 
@@ -231,7 +231,7 @@ def erase(
     erased = tl.load(steps + tl.load(chunk + PARAM) * STEP_COLUMNS + ERASED) > 0
     offset = tl.load(chunk + FIRST_BLOCK).to(tl.int64) * BLOCK
     numel = tl.where(erased, tl.load(chunk + NUMEL), 0)
-    narrow = (tl.load(segment + FLAGS * num_segments) >> NARROW_SHIFT) & 1
+    narrow = (tl.load(segment + FLAGS * num_segments) >> STATE_SHIFT) & 3
     zero = tl.zeros([BLOCK], tl.float32)
     for i in range(0, (numel + BLOCK - 1) // BLOCK):
         mask = tl.arange(0, BLOCK) < numel - i * BLOCK
@@ -239,7 +239,7 @@ def erase(
             state = tl.load(segment + (STATE + k) * num_segments)
             at = offset + i * BLOCK
             none = tl.zeros([BLOCK], tl.int32)
-            store_state(state, at, zero, none, 0, mask, narrow, STATE_KIND, False, BLOCK)
+            store_state(state, at, zero, none, mask, narrow, STATE_KIND, False, BLOCK)
 
 
 #: Whether the kernels run in Triton's interpreter, on the CPU.
