@@ -129,6 +129,7 @@ def _all_of_it(rank: int, world: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("programs")
 def test_gate_rows_trace_and_curves_on_two_ranks(tmp_path: Path, capfd: Any) -> None:
     folder = tmp_path / "results"

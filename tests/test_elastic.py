@@ -219,12 +219,12 @@ def test_restarts_that_would_start_over_are_refused(
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in check_restarts(auto)
 
 
-def test_a_few_kills(tmp_path: Path) -> None:
+def test_a_kill(tmp_path: Path) -> None:
     # Of 27 ms on a quiet machine; the kills come up to 3 s after a start.
-    counts = soak_kill.soak(tmp_path, kills=2, steps=200, first_saved=True)
+    counts = soak_kill.soak(tmp_path, kills=1, steps=150, first_saved=True)
     print(counts)
     assert not counts.lost, (tmp_path / "killed.log").read_text()[-4000:]
-    assert counts.kills >= 2
+    assert counts.kills >= 1
     assert counts.restarts >= 1
 
 

@@ -13,10 +13,10 @@ import pytest
 WORLDS = (1, 2, 3)
 #: (impl, seeds in CI, seeds of the long run)
 LAMB = [
-    pytest.param("reference", 4, 600, id="reference"),
-    pytest.param("foreach", 10, 1200, id="foreach"),
-    pytest.param("compiled", 2, 40, id="compiled", marks=pytest.mark.xdist_group("compile")),
-    pytest.param("triton", 2, 150, id="triton", marks=pytest.mark.xdist_group("triton")),
+    pytest.param("reference", 3, 600, id="reference"),
+    pytest.param("foreach", 8, 1200, id="foreach"),
+    pytest.param("compiled", 1, 40, id="compiled", marks=pytest.mark.xdist_group("compile")),
+    pytest.param("triton", 1, 150, id="triton", marks=pytest.mark.xdist_group("triton")),
 ]
 SHARDED = [
     pytest.param("foreach", 2, 200, id="foreach"),

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_process_group_left")
 FSDP2 = "optim.engine=fsdp2"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("programs")
 def test_same_curve_as_sharded_and_resume_across_engines(config: Path, tmp_path: Path) -> None:
     sharded = run_here(config, tmp_path / "sharded")

@@ -391,9 +391,8 @@ def test_torchrun_ends_with_the_message(
 @pytest.mark.xdist_group("programs")
 @pytest.mark.deepspeed_ops
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed(
     config: Path,
     tmp_path: Path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ def _golden_error(name: str, cls: Any) -> float:
     return trajectory.worst_error(lambda g: cls(g, impl="triton", **trajectory.options))
 
 
-@pytest.mark.parametrize("name", golden.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("apex_default", "optax_v5")))
+        for n in golden.NAMES
+    ],
+)
 def test_golden(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 
@@ -276,24 +282,29 @@ def _compiled_for(
     return found
 
 
+@pytest.fixture(scope="module")
+def compile_for() -> Iterator[Callable[..., dict[str, str]]]:
+    """:func:`_compiled_for` in a process that does not interpret."""
+    with mp.get_context("spawn").Pool(1) as pool:
+        yield lambda *args: pool.apply(_compiled_for, args)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_to_16_byte_accesses(arch: int) -> None:
+def test_kernels_compile_to_16_byte_accesses(compile_for: Callable[..., Any], arch: int) -> None:
     """The interpreter takes what the compiler refuses; and it knows nothing of accesses."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        for kind, tensors in {0: 4, 1: 3, 3: 4}.items():  # float32, bfloat16, mixed
-            ptx = pool.apply(_compiled_for, (arch, kind))
-            # x, m, v and a float32 gradient; without the copies, which are written
-            assert ptx["moments_pass"].count("ld.global.v4.b32") == tensors, kind
-            assert ptx["moments_pass"].count("st.global.v4.b32") == 2
-            assert ptx["apply"].count("ld.global.v4.b32") == 3
-            assert ptx["apply"].count("st.global.v4.b32") == 1
-            assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart
+    for kind, tensors in {0: 4, 1: 3, 3: 4}.items():  # float32, bfloat16, mixed
+        ptx = compile_for(arch, kind)
+        # x, m, v and a float32 gradient; without the copies, which are written
+        assert ptx["moments_pass"].count("ld.global.v4.b32") == tensors, kind
+        assert ptx["moments_pass"].count("st.global.v4.b32") == 2
+        assert ptx["apply"].count("ld.global.v4.b32") == 3
+        assert ptx["apply"].count("st.global.v4.b32") == 1
+        assert "fma.rn.f32" not in ptx["moments_pass"]  # products and sums rounded apart
 
 
-def test_narrow_states_compile_to_wide_accesses() -> None:
+def test_narrow_states_compile_to_wide_accesses(compile_for: Callable[..., Any]) -> None:
     """Of 16 bytes for float32, and of the 8 that a thread's 4 numbers take in bfloat16."""
-    with mp.get_context("spawn").Pool(1) as pool:
-        found = [pool.apply(_compiled_for, (90, k, "lamb", f)) for k, f in NARROW_KINDS]
+    found = [compile_for(90, k, "lamb", f) for k, f in NARROW_KINDS]
     # (16 bytes read, 8 bytes read, 16 written, 8 written): states, then params
     for ptx, moments, apply in zip(found, NARROW_MOMENTS, NARROW_APPLY, strict=True):
         for name, expected in (("moments_pass", moments), ("apply", apply)):
@@ -309,10 +320,11 @@ NARROW_APPLY = [(1, 2, 1, 0), (2, 2, 0, 2), (0, 4, 0, 2)]
 
 
 @pytest.mark.parametrize("name", [name for name in rules.RULES if name != "lamb"])
-def test_every_rule_compiles_to_16_byte_accesses(name: str) -> None:
+def test_every_rule_compiles_to_16_byte_accesses(
+    compile_for: Callable[..., Any], name: str
+) -> None:
     states = len(rules.RULES[name].states)
-    with mp.get_context("spawn").Pool(1) as pool:
-        ptx = pool.apply(_compiled_for, (90, 0, name))
+    ptx = compile_for(90, 0, name)
     once = not rules.RULES[name].late
     # stable_adamw's sum has no x in it
     reads_x = name != "stable_adamw"
