@@ -12,6 +12,8 @@ import pytest
 
 # Every pytest worker computes on small tensors: threads would only fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before the process is started that ranks are forked from.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

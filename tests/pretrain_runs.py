@@ -1,19 +1,24 @@
-"""Runs of launch/pretrain.py for tests: in this process, or under torchrun."""
+"""Runs of launch/pretrain.py for tests: in this process, in two forked ones, or under torchrun."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pretrain
 from manual import soak_kill
 from pretraining.report import read_log
+from ranks import rank_context
 from texts import write_texts
+
+from dist_lamb.checkpoint import wait
 
 ROOT = Path(__file__).parent.parent
 STEPS, CRASH_AT = 12, 8
@@ -50,22 +55,6 @@ eval_sequences = 21
 save_every = 5
 """
 
-# Both ranks die in the step after the log was written further than the checkpoint.
-CRASHING = f"""
-import os, sys
-import pretrain
-from dist_lamb.checkpoint import wait
-
-step = pretrain._Loop.step
-def crash(self, number):
-    if number == {CRASH_AT}:
-        wait()
-        os._exit(9)
-    return step(self, number)
-pretrain._Loop.step = crash
-pretrain.main(sys.argv[1:])
-"""
-
 
 def write_config(folder: Path) -> Path:
     """A config with texts and a cache of its own in ``folder``."""
@@ -90,6 +79,68 @@ def torchrun(script: Path, config: Path, run_dir: Path, *overrides: str, ranks: 
     if status != 0:
         raise RuntimeError(printed if status else f"hung for {RUN_SECONDS} s:\n{printed}")
     return printed
+
+
+def crash() -> None:
+    """Have this process die in the step after the log was written further than the checkpoint."""
+    step = pretrain._Loop.step
+
+    def crashing(self: Any, number: int) -> bool:
+        if number == CRASH_AT:
+            wait()
+            os._exit(9)
+        return step(self, number)
+
+    pretrain._Loop.step = crashing  # type: ignore[method-assign]
+
+
+def run_on_ranks(
+    config: Path, run_dir: Path, *overrides: str, before: Callable[[], None] | None = None
+) -> str:
+    """A run of two ranks as torchrun would start them, forked from a process that has imported
+    all; what it printed. ``before`` is called in each. Raises ``RuntimeError`` if one failed.
+    """
+    with socket.socket() as free, tempfile.NamedTemporaryFile() as output:
+        free.bind(("127.0.0.1", 0))
+        settings = {
+            **soak_kill.environment(),
+            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+        argv = [str(config), "--set", f"train.run_dir={run_dir}", *overrides]
+        free.close()
+        ranks = [
+            rank_context().Process(target=_rank, args=(rank, settings, argv, output.name, before))
+            for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(RUN_SECONDS)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        printed = Path(output.name).read_text()
+    if codes != [0, 0]:
+        raise RuntimeError(f"exit codes {codes}\n{printed}")
+    return printed
+
+
+def _rank(
+    rank: int,
+    settings: dict[str, str],
+    argv: list[str],
+    output: str,
+    before: Callable[[], None] | None,
+) -> None:
+    os.environ.clear()
+    os.environ.update(settings, RANK=str(rank), LOCAL_RANK=str(rank))
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    if before is not None:
+        before()
+    pretrain.main(argv)
 
 
 def _launched(command: list[str], program: str) -> tuple[int | None, str]:

@@ -78,6 +78,7 @@ PRELOADED = [
     "pytest",
     "dist_lamb",
     "dist_lamb.checkpoint",
+    "transformers.models.bert.modeling_bert",  # 6 s more, for those that run launch/pretrain.py
 ]
 
 

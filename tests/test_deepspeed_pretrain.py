@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretrain_runs import ROOT, run_here, torchrun
+from pretrain_runs import ROOT, run_here, run_on_ranks, torchrun
 from pretraining import deepspeed_ops
 from pretraining.config import ConfigError, OptimConfig
 from pretraining.engine_deepspeed import read_config
@@ -65,7 +65,7 @@ def test_same_curve_as_sharded(
     run_here(config, tmp_path / "half", "train.steps=6")
     shutil.copytree(tmp_path / "half", tmp_path / "moved")
     want = run_here(config, tmp_path / "half")
-    torchrun(PRETRAIN, config, tmp_path / "moved", "optim.engine=deepspeed", "optim.stage=3")
+    run_on_ranks(config, tmp_path / "moved", "optim.engine=deepspeed", "optim.stage=3")
     moved = read_log(tmp_path / "moved" / "log.jsonl")
     assert len(moved) == len(want)
     assert losses(moved) == pytest.approx(losses(want), abs=1e-3)

@@ -380,10 +380,10 @@ def _planned(rank: int, world: int) -> None:
 
     assert triton_kernels.INTERPRETED
     mesh = init_device_mesh("cpu", (world,))
-    for dtype, how in ((torch.bfloat16, by_rows), (torch.float32, mixed)):
-        want = train(dtype=dtype, steps=2, impl="triton")
-        got = train(mesh, how, dtype=dtype, steps=2, impl="triton")
-        assert_same(got, want, (how, dtype))
+    want = train(dtype=torch.bfloat16, steps=2, impl="triton")
+    got = train(mesh, by_rows, dtype=torch.bfloat16, steps=2, impl="triton")
+    assert_same(got, want, by_rows)
+    got = train(mesh, mixed, steps=2, impl="triton")
     for name, expected in train(steps=2, impl="reference").items():
         torch.testing.assert_close(
             got[name], expected, rtol=1e-4 if "ratio" in name else 1e-5, atol=1e-6, equal_nan=True

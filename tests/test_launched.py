@@ -45,6 +45,7 @@ def test_trainer() -> None:
     _launch("trainer")
 
 
+@pytest.mark.slow  # test_examples.py has a run of it too
 def test_lightning() -> None:
     _needs("lightning")
     _launch("lightning")

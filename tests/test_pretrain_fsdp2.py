@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrain_runs import CRASHING, ROOT, difference, run_here, torchrun
+from pretrain_runs import crash, difference, run_here, run_on_ranks
 from pretraining.report import read_log
 
 from dist_lamb.checkpoint import Checkpoint, checkpoints
@@ -17,23 +17,20 @@ pytestmark = pytest.mark.usefixtures("no_process_group_left")
 FSDP2 = "optim.engine=fsdp2"
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("programs")
 def test_same_curve_as_sharded_and_resume_across_engines(config: Path, tmp_path: Path) -> None:
     sharded = run_here(config, tmp_path / "sharded")
     assert sharded[-1]["loss"] < sharded[0]["loss"] - 0.3
 
-    crashing = tmp_path / "crashing.py"
-    crashing.write_text(CRASHING)
     broken = tmp_path / "broken"
-    with pytest.raises(RuntimeError, match="exitcode  : 9"):
-        torchrun(crashing, config, broken, FSDP2)
+    with pytest.raises(RuntimeError, match=r"exit codes \[9, 9\]"):
+        run_on_ranks(config, broken, FSDP2, before=crash)
     assert [path.name for path in checkpoints(broken / "checkpoints")] == ["step-5"]
     other = tmp_path / "other"
     shutil.copytree(broken, other)
 
     # two ranks of fsdp2 go on with what they saved, and one of sharded does
-    printed = torchrun(ROOT / "launch" / "pretrain.py", config, broken, FSDP2)
+    printed = run_on_ranks(config, broken, FSDP2)
     assert "engine fsdp2, " in printed
     assert "resumed at step 5" in printed
     two = read_log(broken / "log.jsonl")

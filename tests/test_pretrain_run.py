@@ -16,7 +16,16 @@ import pretrain
 import pytest
 import torch
 import torch.distributed as dist
-from pretrain_runs import CRASH_AT, CRASHING, ROOT, STEPS, difference, numbers, run_here, torchrun
+from pretrain_runs import (
+    CRASH_AT,
+    ROOT,
+    STEPS,
+    crash,
+    difference,
+    numbers,
+    run_here,
+    run_on_ranks,
+)
 from pretraining import PACKAGES
 from pretraining.config import ConfigError, load_config
 from pretraining.ranks import Ranks
@@ -41,16 +50,14 @@ def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_pa
     assert [row["step"] for row in one if row["kind"] == "held_out"] == [0, 4, 8, 12]
     assert one[-1]["loss"] < one[0]["loss"] - 0.3
 
-    printed = torchrun(ROOT / "launch" / "pretrain.py", config, tmp_path / "two")
+    printed = run_on_ranks(config, tmp_path / "two")
     two = read_log(tmp_path / "two" / "log.jsonl")
     assert difference(one, two) < 1e-3
     assert f"held-out loss {two[0]['loss']:.3f} -> {two[-1]['loss']:.3f}" in printed
 
-    crashing = tmp_path / "crashing.py"
-    crashing.write_text(CRASHING)
     broken = tmp_path / "broken"
-    with pytest.raises(RuntimeError, match="exitcode  : 9"):
-        torchrun(crashing, config, broken)
+    with pytest.raises(RuntimeError, match=r"exit codes \[9, 9\]"):
+        run_on_ranks(config, broken, before=crash)
     left = read_log(broken / "log.jsonl")
     assert max(row["step"] for row in left) == 6
     assert [path.name for path in checkpoints(broken / "checkpoints")] == ["step-5"]
@@ -59,7 +66,7 @@ def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_pa
     fewer = tmp_path / "fewer"
     shutil.copytree(broken, fewer)
     assert difference(run_here(config, fewer), one) < 1e-3
-    printed = torchrun(ROOT / "launch" / "pretrain.py", config, broken)
+    printed = run_on_ranks(config, broken)
     assert "resumed at step 5, sample 80, from " in printed
     assert numbers(read_log(broken / "log.jsonl")) == numbers(two)
 

@@ -42,7 +42,7 @@ def test_golden(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["adagrad_torch_l2", "adamh_levanter", "lars_optax"])
+@pytest.mark.parametrize("name", ["adagrad_torch_l2", "adamh_levanter"])
 def test_other_rules(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 
@@ -102,8 +102,9 @@ def _dummy_step(cls: Any, options: dict[str, Any]) -> None:
     assert counted == set(params)
 
 
-@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-@pytest.mark.parametrize("options", [{}, {"decoupled": False, "max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "options"), [(Lamb, {}), (ShardedLamb, {"decoupled": False, "max_grad_norm": 1.0})]
+)
 def test_a_dummy_step_leaves_no_trace(
     interpreted: Callable[..., Any], cls: Any, options: dict[str, Any]
 ) -> None:
@@ -119,9 +120,9 @@ def _launches(cls: Any, count: int, clip: float | None, rule: str = "lamb") -> l
     names: list[str] = []
     plain = Launches.__call__
 
-    def counted(self: Any, kernel: Any, *args: Any) -> None:
+    def counted(self: Any, kernel: Any, *args: Any, **how: Any) -> None:
         names.append(kernel.fn.__name__)
-        plain(self, kernel, *args)
+        plain(self, kernel, *args, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Launches, "__call__", counted)
@@ -131,8 +132,7 @@ def _launches(cls: Any, count: int, clip: float | None, rule: str = "lamb") -> l
     return names
 
 
-@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("cls", "clip"), [(Lamb, None), (ShardedLamb, 1.0)])
 def test_launches_do_not_grow_with_the_model(
     interpreted: Callable[..., Any], cls: Any, clip: float | None
 ) -> None:

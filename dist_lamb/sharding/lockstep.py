@@ -19,6 +19,8 @@ from .comm import Comm
 _FLAGS, _CODES, _MASK = 16, 32, 2**16 - 1
 #: Seconds in which another rank is expected.
 _SHORT = 0.002
+#: Times whose keys a rank keeps that never waits.
+_MOST_SPENT = 100
 #: A wait lets no signal handler run until it ends.
 _SLICE = timedelta(seconds=0.2)
 
@@ -41,6 +43,8 @@ class Lockstep:
         self._timeout = comm.timeout() * 0.9
         #: how often this rank has come
         self._times = 0
+        #: times of which keys are to be deleted
+        self._spent: list[int] = []
 
     def meet(self, what: str, flag: bool = False) -> bool:
         """Wait for all ranks to come for the same; whether any of them has set ``flag``.
@@ -93,16 +97,23 @@ class Lockstep:
         # Others wait for the last one's verdict: all else comes after it.
         verdict = self._decide(at, str(int(total >> _FLAGS & _MASK > 0))) if alike else ""
         self._store.set(f"rank {self._me}", f"{at} came for {what}")
-        if total & _MASK == 1:
-            for key in ("count", "verdict", "refusal"):
-                # All have come once more since, and have read it.
-                self._store.delete_key(f"{key} {at - 2}")
+        if total & _MASK == world:
+            self._spent.append(at - 1)  # all have read it, or would not be here
+        if total & _MASK < world or len(self._spent) > _MOST_SPENT:
+            self._tidy()
         if total & _MASK == world and not alike:
             until = time.monotonic() + 1.0
             while time.monotonic() < until and not all(self._told(at)):
                 time.sleep(0.001)  # all have come, and are about to say for what
             return self._decide(at, self._out_of_step(at))
         return verdict
+
+    def _tidy(self) -> None:
+        """Away with what nobody reads again: while this rank waits anyway."""
+        for at in self._spent:
+            for key in ("count", "verdict", "refusal"):
+                self._store.delete_key(f"{key} {at}")
+        self._spent.clear()
 
     def _told(self, at: int) -> Iterator[bool]:
         return (when >= at for when, _ in map(self._last_of, self._ranks))
