@@ -264,10 +264,19 @@ class Run:
     def grad_norms(self) -> dict[str, float]:
         return self._named(self.optimizer.grad_norms())
 
+    def whole_state(self) -> Values:
+        """Moments and masters, whole, by the param's name and theirs; a collective."""
+        state = self.optimizer.full_optimizer_state_dict()["state"]
+        names = [o.name for o in self.optimizer._originals]
+        return float32_state({self._name(names[i]): of for i, of in state.items()})
+
     def _named(self, found: Values) -> dict[str, float]:
+        return {self._name(n): float(r) for n, r in found.items()}
+
+    def _name(self, name: str) -> str:
         # The engine has names of its own for those that were given without.
         ours = {f"held.{short}.weight": n for n, short in self.model.short.items()}
-        return {ours.get(n, n): float(r) for n, r in found.items()}
+        return ours.get(name, name)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must bring back: every tensor of the state, and every counter."""
@@ -281,6 +290,28 @@ class Run:
 
 def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str, float]]:
     """The same run without shards: params and trust ratios."""
+    params, optimizer = plain_run(case, world, steps)
+    ratios = {n: float(r) for n, r in optimizer.trust_ratios().items()}
+    return {n: p.detach().float() for n, p in params.items()}, ratios
+
+
+def plain_state(case: Case, world: int) -> Values:
+    """Of the same run without shards what :meth:`Run.whole_state` gives."""
+    params, optimizer = plain_run(case, world, STEPS)
+    return float32_state({n: optimizer.state[p] for n, p in params.items()})
+
+
+def float32_state(states: Mapping[str, Any]) -> Values:
+    kinds = ("exp_avg", "exp_avg_sq", "master")
+    return {
+        f"{n} {kind}": state[kind].reshape(-1)
+        for n, state in states.items()
+        for kind in kinds
+        if kind in state
+    }
+
+
+def plain_run(case: Case, world: int, steps: int) -> tuple[dict[str, nn.Parameter], Lamb]:
     dtype = DTYPES[case.dtype]
     params = {n: nn.Parameter(v.clone()) for n, v in start_values(dtype).items()}
     options = {**OPTIONS, **case.options}
@@ -293,8 +324,7 @@ def plain(case: Case, world: int, steps: int = STEPS) -> tuple[Values, dict[str,
         for n, p in params.items():
             p.grad = case.mean([g[n] for g in each]) if n in each[0] else None
         optimizer.step()
-    ratios = {n: float(r) for n, r in optimizer.trust_ratios().items()}
-    return {n: p.detach().float() for n, p in params.items()}, ratios
+    return params, optimizer
 
 
 def last_norms(case: Case, world: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_runs import Case, Run, last_norms, launched, plain, worst_error
+from deepspeed_runs import Case, Run, last_norms, launched, plain, plain_state, worst_error
 from ranks import run_ranks
 
 pytestmark = [
@@ -96,8 +96,10 @@ def _train(rank: int, world: int, cases: dict[str, Case]) -> dict[str, Any]:
             run.optimizer.bind(run.engine)
         run.optimizer.track_grad_norm = case.tracked
         run.train()
-        norms = run.grad_norms() if case.tracked else {}
-        found[name] = run.params(), {} if case.naive else run.ratios(), norms
+        more = run.grad_norms() if case.tracked else {}
+        if case.dtype == "bf16":
+            more = run.whole_state()
+        found[name] = run.params(), {} if case.naive else run.ratios(), more
         run.engine.destroy()
     return found
 
@@ -165,11 +167,14 @@ BF16_ALL = BF16 | {
     ids=["2 ranks", "2 ranks, all", "3 ranks, all"],
 )
 def test_bfloat16(tmp_path: Path, world: int, cases: dict[str, Case]) -> None:
-    """Float32 masters behind bfloat16 params: the same at every stage, to bfloat16's rounding."""
+    """Masters and moments are those of Lamb as in float32; the params to bfloat16's rounding."""
     ranks = run_ranks(world, tmp_path, _train, cases, timeout=280)
     for name, case in cases.items():
         want, want_ratios = plain(case, world)
-        got, ratios, _ = ranks[0][name]
+        got, ratios, state = ranks[0][name]
+        inner = worst_error(state, plain_state(case, world))
+        print(f"bf16 {name}: masters and moments {inner:.1e} from Lamb")
+        assert inner < 1e-5, name
         error = worst_error(got, want)
         if case.absent_at and world == 2:  # see Case.mean
             stage_0 = worst_error(got, ranks[0]["0"][0])
