@@ -42,7 +42,7 @@ def test_golden(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["adagrad_torch_l2", "adamh_levanter"])
+@pytest.mark.parametrize("name", ["adagrad_torch_l2", "adamh_levanter", "stableadamw_optimi"])
 def test_other_rules(interpreted: Callable[..., Any], name: str) -> None:
     assert interpreted(_golden_error, name, Lamb) <= golden.TOLERANCE
 

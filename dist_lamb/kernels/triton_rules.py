@@ -33,7 +33,8 @@ def sqrt(a):
 
 @triton.jit
 def maximum(a, b):
-    return tl.where((a < b) | (b != b), b, a)  # a NaN stays
+    # A NaN stays. Not `|`: the interpreter takes that of a block and a scalar for one of floats.
+    return tl.where(a < b, b, tl.where(b != b, b, a))
 
 
 @triton.jit
