@@ -74,19 +74,15 @@ def numbers_of(places, at, DIMS: tl.constexpr, BLOCK: tl.constexpr):
 
     Divisions of the block are of 32 bits: those of 64 would take longer than all else.
     """
-    begin, number, last = places[0] + at, places[1], places[2 * DIMS]
+    begin, numbers = places[0] + at, places[1] + tl.zeros([BLOCK], tl.int64)
     q = tl.arange(0, BLOCK)
-    if DIMS == 1:
-        return (number + begin * last) + q.to(tl.int64) * last
-    else:
-        numbers = number + tl.zeros([BLOCK], tl.int64)
-        for d in tl.static_range(DIMS - 1):
-            size, stride = places[2 + d], places[1 + DIMS + d]
-            q = (begin % size).to(tl.int32) + q
-            begin = begin // size
-            numbers += (q % size.to(tl.int32)).to(tl.int64) * stride
-            q = q // size.to(tl.int32)
-        return numbers + (begin + q) * last
+    for d in tl.static_range(DIMS - 1):
+        size, stride = places[2 + d], places[1 + DIMS + d]
+        q = (begin % size).to(tl.int32) + q
+        begin = begin // size
+        numbers += (q % size.to(tl.int32)).to(tl.int64) * stride
+        q = q // size.to(tl.int32)
+    return numbers + (begin + q) * places[2 * DIMS]
 
 
 @triton.jit

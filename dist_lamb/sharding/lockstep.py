@@ -93,15 +93,16 @@ class Lockstep:
         self._times += 1
         code = zlib.crc32(what.encode()) % (2**31 // world)
         total = self._store.add(f"count {at}", (code << _CODES) + (flag << _FLAGS) + 1)
-        alike = total & _MASK == world and total >> _CODES == code * world
+        last = total & _MASK == world
+        alike = last and total >> _CODES == code * world
         # Others wait for the last one's verdict: all else comes after it.
         verdict = self._decide(at, str(int(total >> _FLAGS & _MASK > 0))) if alike else ""
         self._store.set(f"rank {self._me}", f"{at} came for {what}")
-        if total & _MASK == world:
+        if last:
             self._spent.append(at - 1)  # all have read it, or would not be here
-        if total & _MASK < world or len(self._spent) > _MOST_SPENT:
+        if not last or len(self._spent) > _MOST_SPENT:
             self._tidy()
-        if total & _MASK == world and not alike:
+        if last and not alike:
             until = time.monotonic() + 1.0
             while time.monotonic() < until and not all(self._told(at)):
                 time.sleep(0.001)  # all have come, and are about to say for what
