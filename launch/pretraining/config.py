@@ -278,6 +278,14 @@ class PretrainConfig:
     def run_dir(self) -> Path:
         return Path(self.train.run_dir)
 
+    @property
+    def track_grad_norm(self) -> bool:
+        """The optimizer's option. Every step pays for it, so only where rows of tensors want the
+        norm of each, or the norm of all comes with neither clipping nor skipping."""
+        options = self.optim.options()
+        known = options.get("max_grad_norm") or options.get("nonfinite") == "skip"
+        return bool(self.train.tensors_every) or not known
+
     def as_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
 

@@ -47,7 +47,7 @@ class DdpEngine(PlainEngine):
         self.optimizer = Lamb(
             groups_of(model, config.optim),
             lr=lr,
-            track_grad_norm=True,
+            track_grad_norm=config.track_grad_norm,
             **config.optim.options(),
         )
 

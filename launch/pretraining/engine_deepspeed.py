@@ -103,7 +103,7 @@ class DeepSpeedEngine:
             groups_of(model, optim),
             lr=lr,
             **{**optim.options(), "max_grad_norm": None},  # DeepSpeed clips
-            track_grad_norm=True,
+            track_grad_norm=config.track_grad_norm,
         )
         self._module = model
         self._config = config

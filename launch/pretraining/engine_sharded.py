@@ -24,7 +24,7 @@ class ShardedEngine(PlainEngine):
             stage=config.optim.stage,
             # Nothing in the training loop reads params between a step and the next forward.
             overlap_gather=True,
-            track_grad_norm=True,
+            track_grad_norm=config.track_grad_norm,
             **config.optim.options(),
         )
 
