@@ -10,7 +10,6 @@ from torch import Tensor
 from dist_lamb.kernels.triton_formats import (
     bfloat16_at_random,
     bfloat16_to_nearest,
-    bits,
     master_of,
     numbers_of,
     of_bfloat16,
@@ -21,6 +20,7 @@ from dist_lamb.kernels.triton_formats import (
     remainder_of,
     seed_of,
 )
+from dist_lamb.kernels.triton_rules import bits
 
 BLOCK = 512
 #: of the random bits

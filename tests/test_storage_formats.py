@@ -103,8 +103,17 @@ def test_a_param_that_was_written_to_stays_within_half_a_place() -> None:
 
 @pytest.mark.parametrize("stride", SWEEPS)
 def test_every_moment_is_rounded_to_a_neighbour(stride: int) -> None:
-    """Finite stays finite, inf and NaN stay, a bfloat16 stays what it is; and to nearest."""
-    for x in every(stride):
+    """Finite stays finite, inf and NaN stay, a bfloat16 stays what it is; and to nearest.
+
+    Rounded at random are results of arithmetic, so signaling NaNs are rounded to nearest only.
+    """
+    for every_x in every(stride):
+        near = formats.of_bfloat16(formats.bfloat16_to_nearest(every_x))
+        want = every_x.to(torch.bfloat16).float()
+        largest = formats.of_bfloat16(formats.bits(every_x) >> 16)
+        want = torch.where(want.isinf() & every_x.isfinite(), largest, want)
+        assert same(near, want)
+        x = every_x[~every_x.isnan() | (formats.bits(every_x) & 0x400000 != 0)]
         b = formats.bits(x)
         below = formats.of_bfloat16(b >> 16)  # towards zero
         for r in (0, 1, 0x7FFF, 0x8000, 0xFFFF, -1):
@@ -117,10 +126,6 @@ def test_every_moment_is_rounded_to_a_neighbour(stride: int) -> None:
             assert (up | (got == below) | got.isnan()).all()
             exact = (b & 0xFFFF) == 0
             assert same(got[exact], x[exact])
-        near = formats.of_bfloat16(formats.bfloat16_to_nearest(x))
-        want = x.to(torch.bfloat16).float()
-        want = torch.where(want.isinf() & x.isfinite(), below, want)
-        assert same(near, want)
 
 
 def test_the_mean_of_all_roundings_is_the_number() -> None:

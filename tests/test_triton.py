@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing as mp
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -282,11 +284,46 @@ def _compiled_for(
     return found
 
 
+def _format_kernels() -> dict[str, str]:
+    """PTX of the kernels that show the storage formats."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import format_kernels
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {"x": "*fp32", "r": "*i32", "n": "i32", "rows": "*i64"}
+    found = {}
+    for kernel, out in ((format_kernels.all_formats, "*i32"), (format_kernels.all_numbers, "*i64")):
+        names, constants = kernel.arg_names, {"DIMS": 3, "BLOCK": format_kernels.BLOCK}
+        source = ASTSource(
+            fn=kernel,
+            signature={n: {**types, "out": out}.get(n, "constexpr") for n in names},
+            constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
+        )
+        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        found[kernel.__name__] = ptx
+    return found
+
+
 @pytest.fixture(scope="module")
-def compile_for() -> Iterator[Callable[..., dict[str, str]]]:
-    """:func:`_compiled_for` in a process that does not interpret."""
+def compiler() -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process that does not interpret."""
     with mp.get_context("spawn").Pool(1) as pool:
-        yield lambda *args: pool.apply(_compiled_for, args)
+        yield lambda f, *args: pool.apply(f, args)
+
+
+@pytest.fixture(scope="module")
+def compile_for(compiler: Callable[..., Any]) -> Callable[..., dict[str, str]]:
+    """:func:`_compiled_for` in that process."""
+    return functools.partial(compiler, _compiled_for)
+
+
+def test_storage_formats_compile(compiler: Callable[..., Any]) -> None:
+    """Functions that call each other: the compiler takes none that was not jitted."""
+    ptx = compiler(_format_kernels)
+    assert ptx.keys() == {"all_formats", "all_numbers"}
+    assert "fma.rn.f32" not in ptx["all_formats"]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -304,12 +341,19 @@ def test_kernels_compile_to_16_byte_accesses(compile_for: Callable[..., Any], ar
 
 def test_narrow_states_compile_to_wide_accesses(compile_for: Callable[..., Any]) -> None:
     """Of 16 bytes for float32, and of the 8 that a thread's 4 numbers take in bfloat16."""
+    from dist_lamb.kernels.triton_math import NARROW_STAGES
+
     found = [compile_for(90, k, "lamb", f) for k, f in NARROW_KINDS]
+    stages = NARROW_STAGES.value
     # (16 bytes read, 8 bytes read, 16 written, 8 written): states, then params
     for ptx, moments, apply in zip(found, NARROW_MOMENTS, NARROW_APPLY, strict=True):
-        for name, expected in (("moments_pass", moments), ("apply", apply)):
-            kinds = [f"{op}.global.{width}.b32" for op in ("ld", "st") for width in ("v4", "v2")]
-            assert tuple(map(ptx[name].count, kinds)) == expected, name
+        for name, (r16, r8, w16, w8) in (("moments_pass", moments), ("apply", apply)):
+            # Read ahead into shared memory: before the loop, and in it.
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*, 0x(8|10), ", ptx[name])
+            assert copies.count("10") == r16 * stages, name
+            assert copies.count("8") == r8 * stages, name
+            written = [ptx[name].count(f"st.global.{width}.b32") for width in ("v4", "v2")]
+            assert written == [w16, w8], name
         assert "fma.rn.f32" not in ptx["moments_pass"]
 
 

@@ -34,9 +34,10 @@ from .triton_math import (
     STEP_COLUMNS,
 )
 
-#: Blocks a chunk, of models up to that many elements: small models need many chunks to fill the
-#: device evenly, large ones few, so that the table and the partials stay small.
-CHUNK_BLOCKS = ((2**26, 4), (math.inf, 8))
+#: (up to so many elements, blocks a chunk, and where states are narrow): small models need many
+#: chunks to fill the device evenly, large ones few, so that the table and the partials stay small,
+#: and so that narrow blocks, which take less time, outweigh what a chunk needs once.
+CHUNK_BLOCKS = ((2**26, 4, 4), (math.inf, 8, 16))
 #: Programs a multiprocessor of the launch that sums the gradients.
 PROGRAMS_EACH = 8
 
@@ -124,7 +125,8 @@ class TritonUpdate:
         param = int64(self._params)
         numel = int64([s.x.numel() for s in segments])
         groups = self._groups.on_host
-        blocks = next(n for up_to, n in CHUNK_BLOCKS if int(numel.sum()) <= up_to)
+        of_size = next(n for up_to, *n in CHUNK_BLOCKS if int(numel.sum()) <= up_to)
+        blocks = of_size[any(s.narrow for s in segments)]
         counts = -(-numel // (blocks * BLOCK))
         self._num_chunks = int(counts.sum())
         segment = torch.arange(len(segments)).repeat_interleave(counts)

@@ -3,57 +3,21 @@ in the whole param a block's elements lie."""
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .. import storage_formats
+from .. import storage_formats as _formats
 from .triton_math import BFLOAT16, FLOAT32, MIXED, NEAREST, load, pointer_at, store
-from .triton_rules import bound
+from .triton_rules import on_device
 
-
-@triton.jit
-def bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def real(b):
-    return b.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def where(condition, a, b):
-    return tl.where(condition, a, b)
-
-
-@triton.jit
-def magnitude(x):
-    return tl.abs(x)
-
-
-def _jitted() -> dict[str, Any]:
-    """All functions of ``storage_formats``, calling each other and the four above."""
-    # Triton looks for its own module in a function's namespace, and evaluates annotations there.
-    names: dict[str, Any] = {"tl": tl, "Any": tl.constexpr(0)}
-    names |= {"bits": bits, "real": real, "where": where, "magnitude": magnitude}
-    for name, fn in vars(storage_formats).items():
-        if isinstance(fn, types.FunctionType) and name not in names:
-            names[name] = bound(fn, **names)
-    return names
-
-
-_names = _jitted()
-seed_of, salt_of, salted_bits = (_names[n] for n in ("seed_of", "salt_of", "salted_bits"))
-random_bits = _names["random_bits"]
-bfloat16_at_random, bfloat16_to_nearest = (
-    _names["bfloat16_at_random"],
-    _names["bfloat16_to_nearest"],
+seed_of, salt_of, salted_bits, random_bits = (
+    on_device(f)
+    for f in (_formats.seed_of, _formats.salt_of, _formats.salted_bits, _formats.random_bits)
 )
-of_bfloat16, master_of = _names["of_bfloat16"], _names["master_of"]
-param_of, remainder_of = _names["param_of"], _names["remainder_of"]
+bfloat16_at_random = on_device(_formats.bfloat16_at_random)
+bfloat16_to_nearest = on_device(_formats.bfloat16_to_nearest)
+of_bfloat16, master_of = on_device(_formats.of_bfloat16), on_device(_formats.master_of)
+param_of, remainder_of = on_device(_formats.param_of), on_device(_formats.remainder_of)
 
 
 # --- which element --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from .triton_math import (
     BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, END_CHUNK, ERASED, FIRST_BLOCK, FIRST_CHUNK, FLAGS,
     FLOAT16, GRAD, GRAD_SCALE, GRAD_SHIFT, GROUP, GROUP_COLUMNS, LR, MAX_GRAD_NORM, MIXED, NUMEL,
     PARAM, PARAM_COLUMNS, PARAM_GROUP, PARAM_INDEX, SEGMENT, SHRINK, SIGN, STATE, STEP_COLUMNS,
-    UPDATED, X, NEAREST, REMAINDER_SHIFT, STATE_SHIFT, learning_rate, load_any, participates,
+    UPDATED, X, NARROW_STAGES, NEAREST, REMAINDER_SHIFT, STATE_SHIFT, learning_rate, load_any, participates,
     store, sum_partials, whole_blocks,
 )
 from .triton_formats import (
@@ -102,7 +102,8 @@ def _sweep(
     memory = ()
     for k in tl.static_range(NUM_STATES):
         memory = memory + (tl.load(segment + (STATE + k) * num_segments),)
-    for i in range(first, last):
+    stages: tl.constexpr = 1 if MASKED or not (STATE_KIND or X_KIND) else NARROW_STAGES
+    for i in tl.range(first, last, num_stages=stages):
         at = offset + i * BLOCK
         if MASKED:
             mask = tl.arange(0, BLOCK) < numel - i * BLOCK
@@ -120,7 +121,7 @@ def _sweep(
             # g <- g * min(1, max_grad_norm / ||g_all||)
             grad = gradient(raw * scale, param, c)
             if NORM:
-                squares += raw.to(tl.float64) * raw.to(tl.float64)
+                squares = tl.fma(raw.to(tl.float64), raw.to(tl.float64), squares)
         if MOMENTS:
             states = update(grad, param, states, c)
             # What is stored is what counts from here on.
@@ -148,7 +149,8 @@ def _sweep(
                     a, b = pairs[k][0].to(tl.float64), pairs[k][1].to(tl.float64)
                     if MASKED:  # with eps = 0 what was not read gives 0 / 0
                         a, b = tl.where(mask, a, 0.0), tl.where(mask, b, 0.0)
-                    new = new + (totals[k] + a * b,)
+                    # Products of two float32 are exact in float64, fused or not.
+                    new = new + (tl.fma(a, b, totals[k]),)
                 totals = new
             else:
                 # x <- x - (shrink * x + sum of steps_k * u_k)

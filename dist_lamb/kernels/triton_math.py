@@ -15,6 +15,9 @@ WARPS = 4
 #: Registers a thread of a pass that rounds: the compiler would take up to 120, with which fewer
 #: threads fit on a multiprocessor than it takes to keep the memory busy. With 72 some are spilled.
 NARROW_REGISTERS = 80
+#: Blocks of a narrow pass that are read ahead, into shared memory: a thread's 8 bytes of bfloat16
+#: are too few to keep the memory busy, and registers are short.
+NARROW_STAGES = tl.constexpr(4)
 
 # --- the tables, as the kernels read them ---------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""The rules' pages as Triton functions: the same source, with the backend's own operations.
+"""The rules' pages and the storage formats as Triton functions: the same source, with the backend's
+own operations.
 
-A function is copied with other globals: the names of :mod:`dist_lamb.rules.ops` become the ones
-below, whatever else it calls is treated alike, and the copy is jitted.
+A function is copied with other globals: the names of :mod:`dist_lamb.rules.ops`, and the first four
+of :mod:`dist_lamb.storage_formats`, become the ones below, whatever else it calls is treated alike, and the copy is jitted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .. import storage_formats
 from ..rules import Rule, ops
 
 
@@ -47,12 +49,31 @@ def power(base, log2_base, exponent):
     return tl.exp2(exponent * log2_base)
 
 
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def real(b):
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude(x):
+    return tl.abs(x)
+
+
 _OPS: dict[Any, Any] = {
     ops.div: div,
     ops.sqrt: sqrt,
     ops.maximum: maximum,
     ops.where: where,
     ops.power: power,
+    storage_formats.bits: bits,
+    storage_formats.real: real,
+    storage_formats.where: where,
+    storage_formats.magnitude: magnitude,
 }
 
 
@@ -67,14 +88,15 @@ def bound(f: Any, jit: Callable[[Any], Any] = triton.jit, **names: Any) -> Any:
 
 @functools.cache
 def on_device(f: Any) -> Any:
-    """A function of a rule, and all that it calls."""
+    """A function of a rule or a format, and all that it calls."""
     if f in _OPS:
         return _OPS[f]
     called = ((name, f.__globals__.get(name)) for name in f.__code__.co_names)
     names = {name: on_device(g) for name, g in called if isinstance(g, FunctionType)}
     # adam.direction and the like
     # The interpreter looks for tl, the compiler into annotations.
-    return bound(f, tl=tl, Array=tl.constexpr(None), **names)
+    none = tl.constexpr(None)
+    return bound(f, tl=tl, Array=none, Any=none, **names)
 
 
 @functools.cache
