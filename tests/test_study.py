@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import study
@@ -21,6 +22,7 @@ from studying.results import Cell, Row, Run
 from studying.stacked import build
 from studying.training import Job, Pack, Stopped, inputs_of, train_rows
 from texts import write_texts
+from torch.func import functional_call
 
 from dist_lamb import Lamb, param_groups, schedules
 
@@ -57,6 +59,13 @@ CONFIG = StudyConfig(
         ),
     },
 )
+NARROW = replace(
+    CONFIG,
+    rules={
+        "lamb": CONFIG.rules["lamb"],
+        "lamb-remainder": RuleConfig(optimizer="lamb-remainder", lrs=(1e-2, 2e-2, 4e-2)),
+    },
+)
 
 
 def made_up(vocabulary: int = 256) -> Sequences:
@@ -70,10 +79,16 @@ def alone(run: Run, data: Sequences) -> torch.Tensor:
     """Losses of a training loop that knows neither vmap nor packs."""
     config, device = CONFIG, torch.device("cpu")
     model = build(run.architecture, config.model, config.data(data.vocabulary), run.seed, device)
+    narrow = run.rule == "lamb-remainder"
+    if narrow:
+        model.bfloat16()
     groups = param_groups(model, config.weight_decay)
     optimizer: torch.optim.Optimizer
-    if run.rule == "lamb":
-        optimizer = Lamb(groups, lr=run.lr, max_grad_norm=1.0, adapt="decayed", impl="foreach")
+    if run.rule.startswith("lamb"):
+        formats: Any = {"state_format": "bfloat16", "master": "remainder"} if narrow else {}
+        optimizer = Lamb(
+            groups, lr=run.lr, max_grad_norm=1.0, adapt="decayed", impl="foreach", **formats
+        )
     else:
         for group in groups:
             group["params"] = [p for _, p in group["params"]]
@@ -86,11 +101,12 @@ def alone(run: Run, data: Sequences) -> torch.Tensor:
     losses = []
     for step in range(steps):
         rows = slice(step * run.batch, (step + 1) * run.batch)
-        out = model(*(part[rows].long() for part in stream))
+        params = {name: p.float() for name, p in model.named_parameters()}
+        out = functional_call(model, params, tuple(part[rows].long() for part in stream))
         loss = (out[0] if isinstance(out, tuple) else out).mean()
         optimizer.zero_grad()
         loss.backward()
-        if run.rule != "lamb":
+        if not run.rule.startswith("lamb"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -116,6 +132,30 @@ def test_a_run_in_a_pack_is_the_run_alone(architecture: str) -> None:
         torch.testing.assert_close(losses[:, r], alone(runs[r], data), atol=2e-4, rtol=0)
     # What would be different if a lr, a seed or a rule were mixed up.
     assert (losses[:, 0] - losses[:, 3]).abs().max() > 1e-2
+
+
+def test_bfloat16_weights_with_remainders_are_trained_as_alone() -> None:
+    """The weights of two runs are one tensor, its rest is in two optimizers."""
+    data = made_up()
+    runs = [Run("decoder", "lamb-remainder", 4, 0.1, 2e-2, seed) for seed in (0, 1)]
+    together = Pack(NARROW, runs, data, "eager")
+    together.advance(together.steps)
+    losses = together.train_losses()
+    for r, run in enumerate(runs):
+        torch.testing.assert_close(losses[:, r], alone(run, data), atol=2e-4, rtol=0)
+    for optimizer in together.optimizers:
+        states = [state["remainder"] for state in optimizer.state.values()]
+        assert all(t.dtype == torch.int16 for t in states)
+        assert sum(int(t.count_nonzero()) for t in states) > 1000
+
+
+def test_packs_do_not_mix_dtypes_of_weights() -> None:
+    queue = [run for run in grid.wanted(NARROW, {}) if run.batch == 4]
+    pack = grid.next_pack(NARROW, queue, 1e9, 1e9)
+    assert {run.rule for run in pack} == {"lamb"}
+    assert {run.rule for run in queue} == {"lamb", "lamb-remainder"}
+    with pytest.raises(ValueError, match="dtype of weights"):
+        Pack(NARROW, queue, made_up(), "eager")
 
 
 def test_half_life() -> None:

@@ -64,7 +64,8 @@ class StudyConfig:
     held_out: int = 1024
     """Held-out sequences of every evaluation."""
     bfloat16: bool = True
-    """On GPUs forward and backward are in bfloat16; weights, moments and losses stay float32."""
+    """On GPUs forward and backward are in bfloat16; losses, weights and moments are
+    float32, where a rule's optimizer does not say otherwise."""
     pack_sequences: int = 1024
     """Runs are trained together as long as their batches hold at most this many sequences."""
     pack_seconds: float = 120.0

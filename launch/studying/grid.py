@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
+
 from studying.config import StudyConfig
+from studying.optimizers import BFLOAT16_WEIGHTS
 from studying.results import Cell, Row, Run
 
 Results = Mapping[Run, Row]
@@ -163,12 +166,23 @@ def _warmups(
                 yield _run(other, best * factor, config.seeds[0])
 
 
+def dtype_of(config: StudyConfig, run: Run) -> torch.dtype:
+    """Of the weights of a run."""
+    half = config.rules[run.rule].optimizer in BFLOAT16_WEIGHTS
+    return torch.bfloat16 if half else torch.float32
+
+
+def pack_key(config: StudyConfig, run: Run) -> tuple[str, int, torch.dtype]:
+    """What runs that train together have alike: their weights are stacked."""
+    return run.architecture, run.batch, dtype_of(config, run)
+
+
 def next_pack(
     config: StudyConfig, queue: list[Run], tokens_per_s: float, seconds_left: float
 ) -> list[Run]:
-    """The first run of ``queue`` and those after it that train beside it: of the same architecture
-    and batch, as many as fit ``pack_sequences``, ``pack_seconds`` and the time left. Empty if not
-    even one fits."""
+    """The first run of ``queue`` and those after it that train beside it: of the same
+    :func:`pack_key`, as many as fit ``pack_sequences``, ``pack_seconds`` and the time left. Empty
+    if not even one fits."""
     if not queue:
         return []
     of_one = config.samples * config.seq_len / tokens_per_s
@@ -178,5 +192,5 @@ def next_pack(
     limit = min(
         config.pack_sequences // first.batch, int(min(config.pack_seconds, seconds_left) / of_one)
     )
-    alike = [r for r in queue if (r.architecture, r.batch) == (first.architecture, first.batch)]
+    alike = [r for r in queue if pack_key(config, r) == pack_key(config, first)]
     return alike[: max(1, limit)]

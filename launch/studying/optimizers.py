@@ -80,6 +80,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "lamb": _lamb,
     "lamb-bfloat16": partial(_lamb, state_format="bfloat16"),
     "lamb-nearest": partial(_lamb, state_format="bfloat16-nearest"),
-    # The remainder counts where weights are bfloat16; the stacked ones are float32.
     "lamb-remainder": partial(_lamb, state_format="bfloat16", master="remainder"),
 }
+#: those whose weights are bfloat16; all others' are float32
+BFLOAT16_WEIGHTS = {"lamb-remainder"}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from studying.config import StudyConfig
 from studying.data import Sequences
+from studying.grid import dtype_of, pack_key
 from studying.optimizers import OPTIMIZERS, OptimizerOptions
 from studying.results import Row, Run
 from studying.stacked import build, stacked_loss
@@ -104,8 +105,8 @@ class Pack:
         say: Callable[[str], None] = print,
     ) -> None:
         architecture, batch = runs[0].architecture, runs[0].batch
-        if any((r.architecture, r.batch) != (architecture, batch) for r in runs):
-            raise ValueError("the runs of a pack share their architecture and batch")
+        if len({pack_key(config, run) for run in runs}) > 1:
+            raise ValueError("the runs of a pack share architecture, batch and dtype of weights")
         self.config, self.runs, self.batch = config, list(runs), batch
         self.architecture, self.vocabulary = architecture, data.vocabulary
         self.steps = config.steps(batch)
@@ -115,16 +116,19 @@ class Pack:
 
         of = architecture, config.model, config.data(data.vocabulary)
         self._loss = stacked_loss(*of, device, torch.bfloat16 if half else torch.float32)
-        cpu = torch.device("cpu")
+        cpu, stored = torch.device("cpu"), dtype_of(config, runs[0])
         named = [dict(build(*of, run.seed, cpu).named_parameters()) for run in runs]
         self.params = {
-            name: torch.stack([each[name].detach() for each in named]).to(device).requires_grad_()
+            name: torch.stack([each[name].detach() for each in named])
+            .to(device, stored)
+            .requires_grad_()
             for name in named[0]
         }
         self.parameters = sum(p[0].numel() for p in self.params.values())
-        #: of each run, views of the stacked weights: what its optimizer steps
+        #: of each run, views of the stacked weights: what its optimizer steps. Of `data`: views
+        #: that share a version would have each optimizer look for writes in every step.
         self.own = [
-            {name: p.detach()[r].requires_grad_() for name, p in self.params.items()}
+            {name: p.data[r].requires_grad_() for name, p in self.params.items()}
             for r in range(len(runs))
         ]
 
