@@ -77,3 +77,71 @@ def test_the_source_distribution_has_what_its_tests_need(tmp_path: Path) -> None
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+#: Prints what ShardedLamb did where nothing can be imported but what pyproject.toml asks for.
+ALONE = """
+import re, sys
+from importlib import metadata
+
+needed, left = set(), {needed}
+while left:
+    name = re.sub("[-_.]+", "-", left.pop()).lower()
+    if name in needed:
+        continue
+    needed.add(name)
+    try:
+        found = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        continue
+    left += [re.match("[\\\\w.-]+", r)[0] for r in found if "extra ==" not in r]
+owners = metadata.packages_distributions()
+
+
+class Without:
+    def __init__(self, finder):
+        self._finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        of = {{re.sub("[-_.]+", "-", d).lower() for d in owners.get(name, ())}}
+        if of and not of & needed and name != "dist_lamb":
+            return None
+        return self._finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+
+import torch
+import torch.distributed as dist
+
+from dist_lamb import ShardedLamb
+
+rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+model = torch.nn.Linear(4, 2)
+optimizer = ShardedLamb(model, lr=0.1, max_grad_norm=1.0)
+model(torch.ones(3, 4)).sum().backward()
+optimizer.step()
+assert "rich" in owners and "rich" not in sys.modules
+print("trained", len(optimizer.trust_ratios()))
+dist.destroy_process_group()
+"""
+
+
+def test_what_is_installed_with_it_is_enough(tmp_path: Path) -> None:
+    """On a fresh machine: torch brings no NumPy, its collectives of objects need it."""
+    required = project()["dependencies"]
+    assert isinstance(required, list)
+    names = [re.split(r"[<>=!~;\[ ]", r)[0] for r in required]
+    script = ALONE.format(needed=names)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for out, err in [rank.communicate() for rank in ranks]:
+        assert out == "trained 2\n", err
