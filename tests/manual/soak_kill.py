@@ -206,11 +206,12 @@ def soak(
     steps: int,
     ranks: int = 2,
     seed: int = 0,
+    within: float = 3.0,
     first_saved: bool = False,
     say: Any = print,
 ) -> Counts:
-    """The undisturbed run, then the one with ``kills`` kills; ``first_saved``: none before there
-    is a checkpoint.
+    """The undisturbed run, then the one with ``kills`` kills, each up to ``within`` seconds after a
+    start; ``first_saved``: none before there is a checkpoint.
 
     Raises ``TimeoutError`` if a job hangs, ``RuntimeError`` if the undisturbed one fails.
     """
@@ -245,7 +246,7 @@ def soak(
             else:
                 counts.restarts += 1
                 counts.stepped_back += int(match[1]) < before
-            time.sleep(rng.uniform(0.0, 3.0))
+            time.sleep(rng.uniform(0.0, within))
             while first_saved and checkpoint.latest(saves) is None and job.process.poll() is None:
                 time.sleep(0.01)
             victims = children(job.process.pid)
