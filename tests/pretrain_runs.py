@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -133,6 +134,7 @@ def _rank(
     output: str,
     before: Callable[[], None] | None,
 ) -> None:
+    gc.freeze()  # as ranks.run_ranks
     os.environ.clear()
     os.environ.update(settings, RANK=str(rank), LOCAL_RANK=str(rank))
     file = os.open(output, os.O_WRONLY | os.O_APPEND)

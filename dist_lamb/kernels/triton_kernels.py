@@ -36,8 +36,8 @@ from .triton_math import (
     BFLOAT16, CHUNK_COLUMNS, COPY, COPY_SHIFT, END_CHUNK, ERASED, FIRST_BLOCK, FIRST_CHUNK, FLAGS,
     FLOAT16, GRAD, GRAD_SCALE, GRAD_SHIFT, GROUP, GROUP_COLUMNS, LR, MAX_GRAD_NORM, MIXED, NUMEL,
     PARAM, PARAM_COLUMNS, PARAM_GROUP, PARAM_INDEX, SEGMENT, SHRINK, SIGN, STATE, STEP_COLUMNS,
-    UPDATED, X, NARROW_STAGES, NEAREST, REMAINDER_SHIFT, STATE_SHIFT, learning_rate, load_any, participates,
-    store, sum_partials, whole_blocks,
+    UPDATED, X, NARROW_STAGES, NEAREST, REMAINDER_SHIFT, STATE_SHIFT, learning_rate, load_any,
+    participates, store, sum_partials, whole_blocks,
 )
 from .triton_formats import (
     load_state, load_x, places_of, random_at, store_state, store_x,

@@ -2,7 +2,8 @@
 own operations.
 
 A function is copied with other globals: the names of :mod:`dist_lamb.rules.ops`, and the first four
-of :mod:`dist_lamb.storage_formats`, become the ones below, whatever else it calls is treated alike, and the copy is jitted.
+of :mod:`dist_lamb.storage_formats`, become the ones below, whatever else it calls is treated alike,
+and the copy is jitted.
 """
 
 from __future__ import annotations
