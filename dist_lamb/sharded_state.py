@@ -66,6 +66,8 @@ class ShardedState:
         self._impl, self._keep = impl, keep
         every = chain.from_iterable(group["params"] for group in groups)
         trained = set(map(id, buffers.params))
+        #: masters were loaded, and have not been compared with the params since
+        self._loaded = False
         #: params that did not require gradients when the buffers were made: not in them
         self.frozen = [p for p in every if id(p) not in trained]
         self.arrange(groups, state, adopt=False)
@@ -86,8 +88,9 @@ class ShardedState:
             self.buffers.adopt_params()
             self.arrange(groups, state, adopt=True)
             self.buffers.refresh_masters()
-        elif self._fingerprint.edited():
+        elif self._loaded or self._fingerprint.edited():
             self.buffers.refresh_masters()
+        self._loaded = False
 
     def refresh_masters(self) -> None:
         """Take the params' values where they are no longer their masters' rounding."""
@@ -211,5 +214,6 @@ class ShardedState:
 
     def load(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """This rank's part of whole tensors; what is missing begins anew."""
+        self._loaded = True
         for j, p in enumerate(self.buffers.params):
             self.buffers.load_state(j, loaded.get(p, {}))

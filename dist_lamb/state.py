@@ -159,14 +159,19 @@ def converted(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def joined(p: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 param and its remainder."""
-    master: Tensor = bits.master_of(bits.pattern(p), remainder.to(torch.int32))
+    """The float32 master of a param, which is or was bfloat16, and its remainder."""
+    pattern = bits.pattern(p.to(torch.bfloat16))
+    master: Tensor = bits.master_of(pattern, remainder.to(torch.int32))
     return master
 
 
 def split_into(p: Tensor, master: Tensor) -> Tensor:
-    """Write a master's rounding into a bfloat16 param; the remainder."""
-    p.copy_(bits.as_bfloat16(bits.param_of(master)))
+    """The remainder of a master; a bfloat16 param that is its rounding becomes the remainder's.
+
+    Elsewhere the param has been written to since, or will be loaded after its master.
+    """
+    rounds = master.to(p.dtype) == p
+    torch.where(rounds, bits.as_bfloat16(bits.param_of(master)), p, out=p)
     remainder: Tensor = bits.remainder_of(master)
     return remainder.to(torch.int16)
 
@@ -207,6 +212,6 @@ def to_be_held(name: str, value: Tensor, p: Tensor) -> Tensor | None:
         restore_precision(p, local)
         return None
     if name == REMAINDER and p.dtype != torch.bfloat16:
-        restore_precision(p, joined(p.to(torch.bfloat16), local))
+        restore_precision(p, joined(p, local))
         return None
     return local

@@ -53,9 +53,9 @@ def mixed(x: Any) -> Any:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def seed_of(step: Any, pair: Any) -> Any:
-    """int32, of a param's own step and of which two of its states the bits are for."""
-    return mixed(mixed(step) + pair)
+def seed_of(step: Any) -> Any:
+    """int32, of a param's own step."""
+    return mixed(step)
 
 
 def random_bits(low: Any, high: Any, seed: Any) -> Any:

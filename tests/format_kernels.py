@@ -24,7 +24,7 @@ from dist_lamb.kernels.triton_rules import bits
 
 BLOCK = 512
 #: of the random bits
-STEP, PAIR = tl.constexpr(3), tl.constexpr(1)
+STEP = tl.constexpr(3)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def all_formats(x, r, out, n, BLOCK: tl.constexpr):
     tl.store(out + 3 * n + at, h)
     tl.store(out + 4 * n + at, remainder_of(value))
     tl.store(out + 5 * n + at, bits(master_of(h, noise >> 16)))
-    tl.store(out + 6 * n + at, random_bits(noise, noise >> 5, seed_of(h, 1)))
+    tl.store(out + 6 * n + at, random_bits(noise, noise >> 5, seed_of(h)))
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def all_numbers(rows, out, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     for i in range(2):
         at = k * 2 * BLOCK + i * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + at, numbers_of(places, i * BLOCK, DIMS, BLOCK))
-        random = random_at(places, i * BLOCK, tl.full([], STEP, tl.float64), PAIR, DIMS, BLOCK)
+        random = random_at(places, i * BLOCK, tl.full([], STEP, tl.float64), DIMS, BLOCK)
         tl.store(out + tl.num_programs(0) * 2 * BLOCK + at, random.to(tl.int64))
 
 

@@ -545,3 +545,82 @@ def test_groups_of_several_formats_and_changing_them() -> None:
             _continued(own, optimizer, 1)
             assert optimizer.state[own["fc.bias"]]["exp_avg"].dtype == torch.bfloat16
             assert torch.equal(masters(own, optimizer)["fc.bias"], before)
+
+
+# --- amsgrad, and masters that are loaded ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["reference", "foreach"])
+def test_a_skipped_step_leaves_amsgrads_maximum(impl: str) -> None:
+    """Rounded apart from the second moment it would be below it, and then be raised."""
+    torch.manual_seed(0)
+    p = torch.randn(4000)
+    options = {"amsgrad": True, "state_format": "bfloat16", "nonfinite": "skip"}
+    optimizer = Lamb([p], lr=0.01, impl=impl, **options)
+    for t in range(4):
+        p.grad = torch.randn(4000)
+        if t == 3:
+            p.grad[0] = torch.inf
+            before = {n: v.clone() for n, v in optimizer.state[p].items()}
+            x = p.clone()
+        optimizer.step()
+    assert int(optimizer.skipped_steps()) == 1
+    assert torch.equal(p, x)
+    for name, value in optimizer.state[p].items():
+        assert torch.equal(value, before[name]), name
+    assert (before["max_exp_avg_sq"] >= before["exp_avg_sq"]).all()
+
+
+def _saved(cls: Any, master: str) -> tuple[Tensor, dict[str, Any]]:
+    torch.manual_seed(0)
+    w = torch.randn(400).bfloat16().requires_grad_()
+    optimizer = cls([("w", w)], lr=0.01, master=master)
+    for _ in range(3):
+        w.grad = torch.randn(400).bfloat16()
+        optimizer.step()
+    return w.detach().clone(), optimizer.state_dict()
+
+
+def _loaded(
+    cls: Any, value: Tensor, saved: dict[str, Any], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """A param of this value after the state dict was loaded, and after a step without gradients."""
+    p = value.clone().requires_grad_()
+    optimizer = cls([("w", p)], lr=0.01, **options)
+    optimizer.load_state_dict(saved)
+    loaded = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return loaded, p.detach()
+
+
+@pytest.mark.parametrize("before", ["float32", "remainder"])
+@pytest.mark.parametrize("after", ["float32", "remainder"])
+def test_weights_that_were_edited_outlive_loaded_masters(before: str, after: str) -> None:
+    """Also of ShardedLamb: what is no rounding of its master was written to since."""
+    factor = torch.ones(400).bfloat16()
+    factor[::2], factor[1::4] = 0.0, 2.0
+    ends = []
+    for cls in (Lamb, ShardedLamb):
+        w, saved = _saved(cls, before)
+        loaded, end = _loaded(cls, w * factor, saved, master=after)
+        assert torch.equal(loaded, w * factor)
+        assert float((end - loaded).abs().max()) < 0.2
+        ends.append(end)
+    # But for a unit in the last place: an edited element may keep a remainder.
+    assert ((ends[0] - ends[1]).abs() <= ends[0].abs() * 2**-7 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("master", ["float32", "remainder"])
+def test_masters_loaded_into_another_precision(master: str, dtype: torch.dtype) -> None:
+    """A float32 param has its bits back, a float16 one its rounding, by both optimizers."""
+    found = []
+    for cls in (Lamb, ShardedLamb):
+        w, saved = _saved(cls, master)
+        found.append(_loaded(cls, w.to(dtype), saved))
+    (one, one_end), (other, other_end) = found
+    assert torch.equal(one, other)
+    assert torch.equal(one_end, other_end)
+    assert bool((one != w.to(dtype)).any()) == (dtype == torch.float32 or master == "remainder")
+    assert float((one_end.float() - w.float()).abs().max()) < 0.3

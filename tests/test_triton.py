@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import multiprocessing as mp
 import os
 import re
@@ -16,7 +18,7 @@ import models
 import pytest
 import torch
 from ranks import run_ranks
-from torch import nn
+from torch import Tensor, nn
 
 from dist_lamb import Lamb, ShardedLamb, kernels, rules
 
@@ -206,6 +208,56 @@ def test_narrow_states(interpreted: Callable[..., Any]) -> None:
 
 
 # --- choosing it ----------------------------------------------------------------------------------
+
+
+def _uneven() -> None:
+    def vector(*shape: int) -> Tensor:
+        p = torch.linspace(-1.0, 1.0, math.prod(shape)).view(shape)
+        p.grad = torch.ones_like(p)
+        return p
+
+    def stepped(groups: list[dict[str, Any]]) -> list[Tensor]:
+        found = []
+        for impl in ("triton", "reference"):
+            own = [{**g, "params": [copy.deepcopy(p) for p in g["params"]]} for g in groups]
+            for g, given in zip(own, groups):
+                for p, of in zip(g["params"], given["params"]):
+                    p.grad = None if of.grad is None else of.grad.clone()
+            Lamb(own, impl=impl).step()
+            found.append(torch.cat([p.flatten() for g in own for p in g["params"]]))
+        torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+        return found
+
+    other = {"rule": "adamw"}
+    frozen = vector(3)
+    frozen.grad = None
+    stepped([{"params": [vector(4)]}, {"params": [frozen], **other}])
+    stepped([{"params": [vector(4)]}, {"params": [vector(0, 3)], **other}])
+    wide = vector(7, 5).t()
+    wide.grad = torch.ones_like(wide)
+    stepped([{"params": [wide]}, {"params": [vector(9)], "state_format": "bfloat16"}])
+
+
+def test_rules_without_a_segment_and_wide_states_beside_narrow(
+    interpreted: Callable[..., Any],
+) -> None:
+    """A rule none of whose params has a gradient; a transposed param with float32 states."""
+    interpreted(_uneven)
+
+
+def _tiny(rank: int, world: int) -> Tensor:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = ShardedLamb([p], impl="triton", stage=1)
+    p.sum().backward()
+    optimizer.step()
+    return p.detach()
+
+
+def test_a_rank_without_an_element(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    one, other = run_ranks(2, tmp_path, _tiny)
+    assert torch.equal(one, other)
+    assert float(one[0]) < 1.0
 
 
 def _interpreting() -> bool:

@@ -79,7 +79,7 @@ def _compiled(
             random = None
             if places is not None and numbers.t is not None:
                 elements = stored.element_numbers(places, x.shape[1], dims)
-                random = stored.bits_by_pair(elements, numbers.t)
+                random = stored.random_of(elements, numbers.t)
             return stored.put(s, new, random)
 
         value, own = stored.read_x(s), stored.read_states(s)

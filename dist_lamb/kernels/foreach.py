@@ -183,7 +183,7 @@ def _add_products(
 
 
 def _into(
-    batch: _Batch, random: Sequence[Callable[[int], Tensor]]
+    batch: _Batch, random: Sequence[Callable[[], Tensor]]
 ) -> Callable[[Sequence[TensorList]], list[TensorList]]:
     """What stores new states; ``random`` gives bits for each of the lists' tensors."""
 
@@ -205,7 +205,7 @@ def _into(
     return put
 
 
-def _random(batch: _Batch, t: Tensor | None) -> list[Callable[[int], Tensor]]:
+def _random(batch: _Batch, t: Tensor | None) -> list[Callable[[], Tensor]]:
     """Random bits for each of a batch's tensors; ``t`` are the steps of the work's rows."""
     if t is None or not batch.parts or batch.parts[0].places is None:
         return []
@@ -216,9 +216,9 @@ def _random(batch: _Batch, t: Tensor | None) -> list[Callable[[int], Tensor]]:
     ]
     if batch.lengths is None:
         steps = [t[r, None] for r in batch.rows]
-        return [stored.bits_by_pair(n, own) for n, own in zip(numbers, steps)]
+        return [stored.random_of(n, own) for n, own in zip(numbers, steps)]
     of_each = t[[r.start for r in batch.rows]].repeat_interleave(torch.tensor(batch.lengths))
-    return [stored.bits_by_pair(torch.cat(numbers, dim=1), of_each[None])]
+    return [stored.random_of(torch.cat(numbers, dim=1), of_each[None])]
 
 
 def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..elements import Elements
 from ..rules import EARLY, Rule
 from . import triton_kernels, triton_sums
 from ._triton_private import launches_on
@@ -106,12 +107,15 @@ class TritonUpdate:
         memory = [[s.x, s.copy, *s.states, s.remainder] for s in segments]
         fixed = [[0 if t is None else t.data_ptr() for t in of_one] for of_one in memory]
         # int64 [rows, segments], rows as triton_math names them: gradient, flags, x, copy, states
-        self._host = int64([[0, 0, *row] for row in fixed]).view(len(segments), -1).T.contiguous()
+        # (a rank may have no element of a rule's params)
+        by_segment = int64([[0, 0, *row] for row in fixed])
+        self._host = by_segment.view(len(segments), 5 + self._num_states).T.contiguous()
         self._dtypes = int64(codes) << int(GRAD_SHIFT) | int64(copies) << int(COPY_SHIFT)
         self._dtypes |= int64(narrow) << int(STATE_SHIFT) | int64(split) << int(REMAINDER_SHIFT)
         self._unaligned = ((self._host & 15) != 0).any(dim=0)
         if self._state_kind:
-            elements = int64([s.elements.row(self._dims) for s in segments])
+            numbered = [s.elements if s.narrow else Elements() for s in segments]
+            elements = int64([own.row(self._dims) for own in numbered])
             self._host = torch.cat([self._host, elements.T]).contiguous()
         self._table: Tensor | None = None
         #: whether all gradients were aligned the last time

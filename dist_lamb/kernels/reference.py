@@ -32,7 +32,7 @@ def sweep(work: Work, what: Sweep, numbers: Numbers) -> Tensor:
         random = None
         if s.places is not None and of_param.t is not None:
             elements = stored.element_numbers(s.places, x.shape[1])
-            random = stored.bits_by_pair(elements, of_param.t)
+            random = stored.random_of(elements, of_param.t)
         new, pairs = what.run(g, x, states, of_param, partial(stored.put, s, random=random))
         for column, (a, b) in enumerate(pairs):
             out[rows, column] = product_sum(a, b)

@@ -44,29 +44,29 @@ def element_numbers(places: Tensor, columns: int, dims: int | None = None) -> Te
     return numbers
 
 
-def bits_by_pair(numbers: Tensor, t: Tensor) -> Callable[[int], Tensor]:
-    """Random bits of these elements at their params' steps ``t`` (broadcast), by pair of states."""
-    low, high = numbers.to(torch.int32), (numbers >> 32).to(torch.int32)
-    step = t.to(torch.int32)
-    found: dict[int, Tensor] = {}
+def random_of(numbers: Tensor, t: Tensor) -> Callable[[], Tensor]:
+    """Random bits of these elements at their params' steps ``t`` (broadcast), once asked for."""
+    found: list[Tensor] = []
 
-    def of(pair: int) -> Tensor:
-        if pair not in found:
-            found[pair] = formats.random_bits(low, high, formats.seed_of(step, pair))
-        return found[pair]
+    def random() -> Tensor:
+        if not found:
+            low, high = numbers.to(torch.int32), (numbers >> 32).to(torch.int32)
+            found.append(formats.random_bits(low, high, formats.seed_of(t.to(torch.int32))))
+        return found[0]
 
-    return of
+    return random
 
 
 def rounded(value: Tensor, k: int, nearest: bool, random: Any) -> Tensor:
-    """The pattern of state ``k``'s new value as a bfloat16; of 32 random bits a state takes 16.
+    """The pattern of state ``k``'s new value as a bfloat16; to nearest, ``random`` is None.
 
-    ``random`` as :func:`bits_by_pair` gives it; to nearest, None.
+    Of 32 random bits the first state takes 16, all others the other 16: rounded alike, amsgrad's
+    maximum is nowhere below the second moment. Else a skipped step would raise it.
     """
     if nearest:
         return formats.bfloat16_to_nearest(value)  # type: ignore[no-any-return]
-    bits = random(k // 2)
-    return formats.bfloat16_at_random(value, bits >> 16 if k % 2 else bits)  # type: ignore[no-any-return]
+    bits = random()
+    return formats.bfloat16_at_random(value, bits >> 16 if k else bits)  # type: ignore[no-any-return]
 
 
 def put(s: Segment, new: Sequence[Tensor], random: Any) -> list[Tensor]:

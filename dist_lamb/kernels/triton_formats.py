@@ -50,10 +50,10 @@ def numbers_of(places, at, DIMS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def random_at(places, at, t, pair, DIMS: tl.constexpr, BLOCK: tl.constexpr):
+def random_at(places, at, t, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     """32 bits for each element at its param's step ``t``; with DIMS = 1 of a piece whose stride is
     below 2**32 / BLOCK."""
-    seed = seed_of(t.to(tl.int32), pair)
+    seed = seed_of(t.to(tl.int32))
     if DIMS == 1:
         # Of 64 bits is the first number alone: a high half in a block is that one's or one more.
         first = places[1] + (places[0] + at) * places[2]

@@ -129,10 +129,11 @@ def _sweep(
             random = tl.zeros([BLOCK], tl.int32)
             for k in tl.static_range(NUM_STATES):
                 if STATE_KIND and STATE_KIND != NEAREST:
-                    if k % 2:
+                    # As kernels.stored.rounded: 16 bits the first, the other 16 all others.
+                    if k == 0:
+                        random = random_at(places, at, t, DIMS, BLOCK)
+                    elif k == 1:
                         random = random >> 16
-                    else:
-                        random = random_at(places, at, t, k // 2, DIMS, BLOCK)
                 stored = stored + (
                     store_state(
                         memory[k], at, states[k], random, mask, narrow, STATE_KIND,

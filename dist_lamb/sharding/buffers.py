@@ -27,6 +27,7 @@ from ..state import (
     split_into,
     state_dtype,
     states_of,
+    to_be_held,
 )
 from .comm import Comm
 from .layout import TILE, Extent, Layout
@@ -370,19 +371,23 @@ class FlatBuffers:
         """Take this rank's part of param i's state out of whole tensors, shaped like the param.
 
         Moments that are not given are zero, and a master is the param's present value. State in
-        another format is converted; a master that becomes a remainder is rounded into the param,
-        on every rank.
+        another format is converted; a param of full precision takes the bits of a master, on every
+        rank. Masters and params are compared later, by :meth:`refresh_masters`: either may be
+        loaded first.
         """
         if i not in self._slots:
             return
         slot, own = self._slots[i], self.local_state(i)
+        for name in {MASTER, REMAINDER} & whole.keys() - own.keys():
+            to_be_held(name, as_laid_out(whole[name].to(slot.device), slot), slot)
         if REMAINDER in own and REMAINDER not in whole and MASTER in whole:
             master = as_laid_out(whole[MASTER].to(slot.device), slot)
             whole = {**whole, REMAINDER: split_into(slot, master)}
         for name, part in own.items():
             value = whole.get(name)
             if value is None and name == MASTER:
-                value = joined(slot, whole[REMAINDER]) if REMAINDER in whole else slot
+                was_split = REMAINDER in whole and slot.dtype == torch.bfloat16
+                value = joined(slot, whole[REMAINDER].to(slot.device)) if was_split else slot
             if value is None:
                 part.zero_()
             else:
