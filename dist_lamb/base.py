@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, TypeAlias
@@ -140,12 +139,6 @@ class LambBase(LastStep, Optimizer):
             if self._own_values_count:
                 self.refuse_zeros(-1)
             named = self._as_given()
-            ((name, count),) = Counter(name for name, _ in named).most_common(1) or [("", 0)]
-            if count > 1:
-                raise ValueError(
-                    f"{type(self).__name__} got two params named {name!r}: reports go by name; "
-                    f"give each its own, such as 'model.{name}'"
-                )
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
                 raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")

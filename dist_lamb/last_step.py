@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -112,11 +113,16 @@ class LastStep:
         return [None if i is None else rules[i] for _, _, i in self._reported()]
 
     def _reported(self) -> list[tuple[str, Tensor, int | None]]:
-        """(name, param, its number in the last step: None if it was not there)."""
+        """(name, param, its number in the last step: None if it was not there); of params of one
+        name, which torch.optim allows, the second is called ``name (2)``."""
         members = [] if self._last is None else self._last[2].params
         numbers = {id(p): i for i, p in enumerate(members)}
-        named = chain.from_iterable(self.named_groups())
-        return [(name, p, numbers.get(id(p))) for name, p in named]
+        reported, seen = [], Counter[str]()
+        for name, p in chain.from_iterable(self.named_groups()):
+            seen[name] += 1
+            called = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            reported.append((called, p, numbers.get(id(p))))
+        return reported
 
     def _per_param(self, read: Read) -> dict[str, Any]:
         if self._last is None:

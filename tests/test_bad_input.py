@@ -163,26 +163,6 @@ def test_float8_params(optimizer: Any, dtype: torch.dtype) -> None:
         optimizer([params()[0], p])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_name_given_twice(optimizer: Any) -> None:
-    """Reports by name would lose one of the two."""
-    first, second = params()
-    message = (
-        f"^{optimizer.__name__} got two params named 'w': reports go by name; give each its own, "
-        "such as 'model.w'$"
-    )
-    with pytest.raises(ValueError, match=message):
-        optimizer([("w", first), ("w", second)])
-    with pytest.raises(ValueError, match=message):
-        optimizer([{"params": [("w", first)]}, {"params": [("w", second)]}])
-    opt = optimizer([("w", first), ("b", nn.Parameter(torch.ones(1)))])
-    with pytest.raises(ValueError, match=message):
-        opt.add_param_group({"params": [("w", second)]})
-    opt.add_param_group({"params": [("v", second)]})
-    assert list(opt.trust_ratios()) == []
-    assert [name for group in opt.named_groups() for name, _ in group] == ["w", "b", "v"]
-
-
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_tied_param_under_both_names(optimizer: Any) -> None:

@@ -239,3 +239,13 @@ def test_an_empty_first_group(cls: Any) -> None:
     opt.step()
     assert float(opt.grad_norm()) == 2.0
     one(Lamb([{"params": []}]).grad_norm())
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_params_of_one_name_are_all_reported(cls: Any) -> None:
+    """torch.optim takes the named_parameters() of two networks."""
+    params = [torch.ones(2).requires_grad_() for _ in range(3)]
+    optimizer = cls([("w", params[0]), ("w", params[1]), ("b", params[2])], lr=0.1)
+    sum(p.sum() for p in params).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == ["w", "w (2)", "b"]
