@@ -18,7 +18,7 @@ from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
 from .kernels.segments import Scalars
-from .last_step import LastStep
+from .last_step import LastStep, Members
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
@@ -138,7 +138,7 @@ class LambBase(LastStep, Optimizer):
                 self._check_param(name, p)
             if self._own_values_count:
                 self.refuse_zeros(-1)
-            named = chain.from_iterable(self.named_groups())
+            named = self._as_given()
             overlap = first_overlap([(name, local_of(p)) for name, p in named])
             if overlap:
                 raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")
@@ -147,6 +147,15 @@ class LambBase(LastStep, Optimizer):
             # A refused group must not stay behind half added.
             del self.param_groups[-1]
             raise
+
+    def _as_given(self) -> list[tuple[str, Tensor]]:
+        """(name, param) of all groups; of the last one every name that was given, where a tied
+        param came under two."""
+        named, group = self.named_groups(), self.param_groups[-1]
+        given = group.get("param_names", ())
+        if len(given) == len(group["params"]):
+            named[-1] = list(zip(given, group["params"]))
+        return list(chain.from_iterable(named))
 
     def _remember_names(self, group: Mapping[str, Any]) -> None:
         for p, name in zip(group["params"], group.get("param_names", ())):
@@ -239,9 +248,10 @@ class LambBase(LastStep, Optimizer):
         self,
         updates: Sequence[Update],
         norms: Norms,
+        members: Members,
         grad_sq: Callable[[], Tensor] | None = None,
     ) -> None:
-        """Phases 2-6; see :func:`dist_lamb.step.prepare`."""
+        """Phases 2-6 on params numbered as ``members``; see :func:`dist_lamb.step.prepare`."""
         home = updates[0].device
         if capturing(home) and not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError(
@@ -254,7 +264,7 @@ class LambBase(LastStep, Optimizer):
         step.update(updates, norms, scalars)
         if self._options.skip and scalars.overflow is not None:
             self._skip_count(home).add_(scalars.overflow > 0)
-        self._last = ([(u.device, u.ratios, u.sums) for u in updates], scalars)
+        self._last = ([(u.device, u.ratios, u.sums) for u in updates], scalars, members)
         self._unfinished = False
 
     # --- what the last step did ------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .kernels import Update, make_update
 from .kernels.device import capturing
 from .kernels.groups import GroupTable
 from .kernels.segments import Segment, segment
+from .last_step import Members
 from .norms import DTensorNorms, Norms
 from .rules import Rule
 from .sharding.dtensors import (
@@ -149,11 +150,11 @@ class Lamb(LambBase):
             self._kept = None
             stepped = [(i, p) for i, p in enumerate(self._all_params()) if p.grad is not None]
             if not stepped:
-                self._last = ([], None)
+                self._last = ([], None, Members([], []))
                 return loss
             kept, gaps = self._prepare(stepped)
         elif all(g is None for g in grads):
-            self._last = ([], None)
+            self._last = ([], None, Members([], []))
             return loss
         else:
             for p in kept.fingerprint.edited():
@@ -163,7 +164,7 @@ class Lamb(LambBase):
                     [grads[k] for k in positions] if len(kept.updates) > 1 else grads
                 )
         try:
-            self._update(kept.updates, kept.norms)
+            self._update(kept.updates, kept.norms, kept.members)
         finally:
             for update in kept.updates:
                 update.release()
@@ -241,7 +242,9 @@ class Lamb(LambBase):
         ]
         own = [params[s.param] for s in segments]
         fingerprint = Fingerprint(self.param_groups, self.state, own, [s.grad for s in segments])
-        kept = _Kept(fingerprint, updates, list(by_device.values()), self._norms, rules, formats)
+        members = Members(params, [rules[i] for i in group_of])
+        positions = list(by_device.values())
+        kept = _Kept(fingerprint, updates, positions, self._norms, members, rules, formats)
         dense = [(local_of(p), s.x if s.copy is None else s.copy) for p, s in zip(own, segments)]
         gaps = [(p, x) for p, x in dense if p.data_ptr() != x.data_ptr()]
         in_place = all(
@@ -342,6 +345,7 @@ class _Kept(NamedTuple):
     updates: list[Update]
     positions: list[list[int]]  # of each update's segments in the order of the fingerprint
     norms: Norms
+    members: Members
     rules: list[Rule]  # by group
     formats: list[Formats]  # by group
 

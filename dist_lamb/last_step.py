@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .kernels.segments import GRAD_SQ, Scalars
 from .rules import Rule
+
+
+class Members(NamedTuple):
+    """The params that a step numbers its results by, and the rule of each."""
+
+    params: list[Tensor]
+    rules: list[Rule]
+
 
 #: device, trust ratios [params], sums [params, columns]
 Result: TypeAlias = tuple[torch.device, Tensor, Tensor]
@@ -27,15 +36,15 @@ class LastStep:
     """Reports of the last step. None waits for the device; reading the values does."""
 
     named_groups: Callable[[], list[list[tuple[str, Tensor]]]]
-    rule_of: Callable[[], dict[Tensor, Rule]]
-    #: of each Update; None before the first step
-    _last: tuple[list[Result], Scalars | None] | None
+    #: of each Update; whose they are: groups may have been edited since. None before the first step
+    _last: tuple[list[Result], Scalars | None, Members] | None
 
     def trust_ratios(self) -> dict[str, Tensor]:
         """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
 
-        NaN for a param that took no part in the last step; ``{}`` before the first. Reading the
-        values synchronizes with the device; calling this does not. The same on every rank.
+        NaN for a param that took no part in the last step, one added since among them; ``{}``
+        before the first. Reading the values synchronizes with the device; calling this does not.
+        The same on every rank.
         """
         return self._per_param(lambda ratios, sums, scalars: ratios)
 
@@ -73,9 +82,10 @@ class LastStep:
 
         Raises ``RuntimeError`` where the last step did not look at it.
         """
-        last, scalars = self._last or ([], None)
+        last, scalars, _ = self._last or ([], None, None)
         if scalars is None or not last:
-            return torch.zeros((), device=self.named_groups()[0][0][1].device)
+            here = next((p.device for _, p in chain.from_iterable(self.named_groups())), None)
+            return torch.zeros((), device=here)
         square, home = scalars.grad_sq, last[0][0]
         if square is None and not scalars.track_grad_norm:
             raise RuntimeError(
@@ -91,26 +101,39 @@ class LastStep:
         found = {}
         for (name, sums), rule in zip(known.items(), self._rule_of_each()):
             norm = torch.full_like(ratios[name], torch.nan)
-            if late in rule.late and sums.dim():
+            if rule is not None and late in rule.late and sums.dim():
                 square = sums[rule.late.index(late)]
                 norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
             found[name] = norm
         return found
 
-    def _rule_of_each(self) -> list[Rule]:
-        """In the order in which params are reported."""
-        return list(self.rule_of().values())
+    def _rule_of_each(self) -> Sequence[Rule | None]:
+        """What the last step went by, in the order in which params are reported."""
+        rules = [] if self._last is None else self._last[2].rules
+        return [None if i is None else rules[i] for _, _, i in self._reported()]
+
+    def _reported(self) -> list[tuple[str, Tensor, int | None]]:
+        """(name, param, its number in the last step: None if it was not there); of params of one
+        name, which torch.optim allows, the second is called ``name (2)``."""
+        members = [] if self._last is None else self._last[2].params
+        numbers = {id(p): i for i, p in enumerate(members)}
+        reported, seen = [], Counter[str]()
+        for name, p in chain.from_iterable(self.named_groups()):
+            seen[name] += 1
+            called = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            reported.append((called, p, numbers.get(id(p))))
+        return reported
 
     def _per_param(self, read: Read) -> dict[str, Any]:
         if self._last is None:
             return {}
-        last, scalars = self._last
+        last, scalars, _ = self._last
         found = {}
         if scalars is not None:
             found = {device: read(ratios, sums, scalars) for device, ratios, sums in last}
         return {
-            name: found[p.device][i]
-            if p.device in found
-            else torch.full((), torch.nan, device=p.device)
-            for i, (name, p) in enumerate(chain.from_iterable(self.named_groups()))
+            name: torch.full((), torch.nan, device=p.device)
+            if i is None or p.device not in found
+            else found[p.device][i]
+            for name, p, i in self._reported()
         }

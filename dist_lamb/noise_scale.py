@@ -8,13 +8,15 @@ and that of the whole step, which the optimizer knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .base import ParamsT
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
 
 
@@ -58,6 +60,26 @@ def gradient_noise_scale(
     )
 
 
+def _tensors(given: Any) -> list[Tensor]:
+    """Of tensors, ``(name, tensor)`` pairs, or groups of either."""
+    # The rows of a tensor are no params: no gradient comes to them.
+    loose = isinstance(given, Iterable) and not isinstance(given, (Tensor, Mapping))
+    found: list[Tensor] = []
+    for entry in list(given) if loose else [given]:
+        if loose and isinstance(entry, Mapping) and "params" in entry:
+            of = entry["params"]
+            found += _tensors([of] if isinstance(of, Tensor) else of)
+            continue
+        p = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if not loose or not isinstance(p, Tensor):
+            raise TypeError(
+                "GradientNoiseScale takes a module, or what an optimizer takes: tensors, (name, "
+                f"tensor) pairs, or groups of either; it got {type(entry).__name__}"
+            )
+        found.append(p)
+    return found
+
+
 class GradientNoiseScale:
     """Measures the noise scale of a training, in the steps that are chosen for it::
 
@@ -77,7 +99,7 @@ class GradientNoiseScale:
     with ShardedLamb at both stages.
 
     Args:
-        params: a module, or its parameters; frozen ones are left out.
+        params: a module, or what :class:`dist_lamb.Lamb` takes; frozen ones are left out.
         small_batch: samples of one watched backward on one rank.
         big_batch: samples of a whole step, over all ranks and micro-batches.
         decay: of the running means of signal and noise, each on its own, as the paper has it.
@@ -85,12 +107,13 @@ class GradientNoiseScale:
 
     Raises:
         ValueError: batches that are not ``0 < small_batch < big_batch``; decay outside of [0, 1).
+        TypeError: params that are none.
         RuntimeError: DTensors, whose gradients FSDP2 reduces before anybody sees this rank's.
     """
 
     def __init__(
         self,
-        params: nn.Module | Iterable[Tensor],
+        params: nn.Module | ParamsT,
         *,
         small_batch: int,
         big_batch: int,
@@ -98,7 +121,7 @@ class GradientNoiseScale:
         process_group: ProcessGroup | None = None,
     ) -> None:
         given = params.parameters() if isinstance(params, nn.Module) else params
-        self._params = [p for p in given if p.requires_grad]
+        self._params = [p for p in _tensors(given) if p.requires_grad]
         if any(is_dtensor(p) for p in self._params):
             raise RuntimeError(
                 "gradients of DTensors are reduced before this rank's own can be seen; measure the "
@@ -137,22 +160,25 @@ class GradientNoiseScale:
             self._watched = torch.stack(squares).sum() / factor**2
 
     @torch.no_grad()
-    def update(self, grad_norm: Tensor) -> NoiseScale:
+    def update(self, grad_norm: Tensor | float) -> NoiseScale:
         """After ``step()``: this step's estimates, taken into the means; a collective.
 
         ``grad_norm``: of the whole step, before clipping, as
         :meth:`dist_lamb.Lamb.grad_norm` has it. A step that is not finite is left out of the means.
 
         Raises:
-            RuntimeError: nothing was watched since the last time.
+            RuntimeError: nothing was watched since the last time. TypeError: a norm that is none.
         """
+        if not isinstance(grad_norm, (Tensor, Real)):
+            raise TypeError(f"grad_norm is a number or a 0-d tensor; got {grad_norm!r}")
         if self._watched is None:
             raise RuntimeError("no backward ran inside of watch() since the last update()")
         # Of all ranks, also of those with another mesh axis: the mean of small batches.
         comm = Comm(self._group)
         small_sq = comm.all_reduce_sum(self._watched) / comm.num_ranks
         self._watched = None
-        found = gradient_noise_scale(small_sq, grad_norm.double().square(), self._small, self._big)
+        big_sq = torch.as_tensor(grad_norm, dtype=torch.float64).square()
+        found = gradient_noise_scale(small_sq, big_sq, self._small, self._big)
         pair = torch.stack(found)
         if self._sums is None:
             self._sums = torch.zeros(3, device=pair.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -36,9 +36,10 @@ def param_groups(
         no_adapt: params with trust ratio 1, whatever their decay.
 
     Raises:
-        ValueError: a pattern that matches no param (most often a typo), or no params at all.
+        ValueError: a pattern that matches no param (most often a typo) or is no regular expression,
+            or no params at all. TypeError: params without names, or groups.
     """
-    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    named = model.named_parameters() if isinstance(model, nn.Module) else _pairs(model)
     params = [(name, p) for name, p in named if p.requires_grad]
     if not params:
         raise ValueError("param_groups got no trainable params")
@@ -65,6 +66,22 @@ def param_groups(
     return groups
 
 
+def _pairs(given: Any) -> list[tuple[str, Tensor]]:
+    """(name, param) pairs that are such: a [2, n] weight, for one, would unpack into two rows."""
+    # a dict's keys, and a tensor's rows, are not what was given
+    loose = isinstance(given, Iterable) and not isinstance(given, (Tensor, Mapping))
+    entries = list(given) if loose else [given]
+    for entry in entries:
+        pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+        if pair and isinstance(entry[0], str) and isinstance(entry[1], Tensor):
+            continue
+        got = "None" if entry is None else type(entry).__name__
+        if loose and isinstance(entry, Mapping):
+            got = "groups; give them to the optimizer as they are"
+        raise TypeError(f"param_groups takes a module, or its named_parameters(); it got {got}")
+    return entries
+
+
 def _logical_shape(p: Tensor) -> tuple[int, ...]:
     # Under DeepSpeed's zero.Init a param is an empty vector and carries its shape beside it.
     return tuple(getattr(p, "ds_shape", p.shape))
@@ -81,7 +98,12 @@ def _selected(
         raise ValueError(f"{what} takes a sequence of patterns, got the string {selector!r}")
     found: set[str] = set()
     for pattern in selector:
-        matching = {name for name, _ in params if re.search(pattern, name)}
+        try:
+            matching = {name for name, _ in params if re.search(pattern, name)}
+        except re.error as problem:
+            raise ValueError(
+                f"{what}: pattern {pattern!r} is no regular expression: {problem}"
+            ) from None
         if not matching:
             raise ValueError(f"{what}: pattern {pattern!r} matches no param")
         found |= matching

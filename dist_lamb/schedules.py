@@ -37,11 +37,12 @@ def linear_epoch_warmup_steps(warmup_epochs: float, samples_per_epoch: int, batc
 
 
 def warmup_linear_decay(
-    optimizer: Optimizer, warmup_steps: int, total_steps: int, end_factor: float = 0.0
+    optimizer: Optimizer, warmup_steps: float, total_steps: float, end_factor: float = 0.0
 ) -> LambdaLR:
     """Linear to lr over ``warmup_steps``, then linear to ``end_factor * lr`` at ``total_steps``.
 
     The first step already has lr / warmup_steps, since a step at 0 would only cost its batch.
+    Both may be fractions, such as ``0.06 * total_steps``: no step has more than lr.
     Call ``step()`` of what is returned after each ``optimizer.step()``. The peak is the groups'
     lr; where an earlier schedule has left an ``initial_lr`` in a group, as torch does, it is that:
     set ``initial_lr`` for a second phase with another peak.
@@ -54,8 +55,8 @@ def warmup_linear_decay(
 
     def factor(done: int) -> float:
         if done < warmup_steps:
-            return (done + 1) / warmup_steps
-        left = (total_steps - done) / max(1, total_steps - warmup_steps)
+            return min(1.0, (done + 1) / warmup_steps)
+        left = (total_steps - done) / ((total_steps - warmup_steps) or 1)
         return end_factor + (1.0 - end_factor) * min(1.0, max(0.0, left))
 
     return LambdaLR(optimizer, factor)

@@ -266,7 +266,7 @@ class ShardedLamb(ShardedBase):
         _, flag = self._loss_scaling(kept.buffers.device)
         if flag is not None:
             self.found_inf = self._scaling.share(flag, self._comm)
-        self._update([kept.update], FlatNorms(self._comm), grad_sq)
+        self._update([kept.update], FlatNorms(self._comm), kept.members, grad_sq)
         if self._reducer is not None:
             self._reducer.stepped()
         # 7. params -> every rank

@@ -15,6 +15,7 @@ from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.device import mask_of
 from .kernels.groups import GroupTable
+from .last_step import Members
 from .sharding.buffers import FlatBuffers
 from .sharding.shards import OwnedRange, spec_of
 from .state import MASTER, REMAINDER, TENSOR_STATES, Formats
@@ -139,6 +140,7 @@ class ShardedState:
                     f"{buffers.layout.params[j].name} has come under another rule than "
                     f"{rule.name!r}, which its buffers were made for: make a new ShardedLamb"
                 )
+        self.members = Members(every, table.rules)
         segments = buffers.segments(self.indices)
         self.update = make_update(
             segments, self.counters, table, impl=self._impl, tiled=True, keep=self._keep

@@ -163,6 +163,19 @@ def test_float8_params(optimizer: Any, dtype: torch.dtype) -> None:
         optimizer([params()[0], p])
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_tied_param_under_both_names(optimizer: Any) -> None:
+    p = params()[0]
+    message = "cannot optimize params: head.weight shares memory with embed.weight$"
+    with pytest.raises(ValueError, match=message):
+        optimizer([("embed.weight", p), ("head.weight", p)])
+    opt = optimizer([("other", params()[1])])
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group({"params": [("embed.weight", p), ("head.weight", p)]})
+    assert len(opt.param_groups) == 1
+
+
 # --- ShardedLamb, as far as one process goes -----------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from edit_cases import BACKENDS, KINDS, MORE_KINDS, NAN, Twin, close, dtypes, lamb_twin, make, on
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_lamb import Lamb, ShardedLamb
 
@@ -155,3 +155,97 @@ def test_no_gradient_anywhere(cls: Callable[..., Any], impl: str, steps: int) ->
     assert float(twin.opt.grad_norm()) == 0.0
     twin.plain.step({})
     twin.check()
+
+
+# --- groups that were edited since the step ------------------------------------------------------
+
+FOUR = ("trust_ratios", "param_norms", "update_norms", "grad_norms")
+
+
+def in_groups(cls: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
+    """a and b in one group, c in the other; each with other norms, after one step."""
+    params = {n: nn.Parameter(torch.full((3,), k)) for n, k in zip("abc", (1.0, 2.0, 3.0))}
+    groups = [{"params": [(n, params[n]) for n in names], **options} for names in ("ab", "c")]
+    opt = cls(groups, lr=0.1, track_grad_norm=True)
+    with_gradients(params)
+    opt.step()
+    return params, opt
+
+
+def with_gradients(params: dict[str, Tensor], scale: float = 1.0) -> None:
+    for k, p in enumerate(params.values()):
+        p.grad = torch.full((3,), scale * 10.0**k)
+
+
+def reports(opt: Any) -> dict[str, dict[str, float]]:
+    return {name: {n: float(v) for n, v in getattr(opt, name)().items()} for name in FOUR}
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_reports_after_a_move(cls: Any) -> None:
+    """Results are of params, not of positions."""
+    params, opt = in_groups(cls)
+    before = reports(opt)
+    assert all(len(set(values.values())) == 3 for values in before.values())
+    first, second = (group["params"] for group in opt.param_groups)
+    second.append(first.pop(0))
+    assert list(opt.grad_norms()) == ["b", "c", "a"]
+    assert reports(opt) == before
+    opt.param_groups.reverse()
+    assert reports(opt) == before
+    with_gradients(params, 2.0)
+    opt.step()
+    doubled = {n: 2 * norm for n, norm in before["grad_norms"].items()}
+    assert reports(opt)["grad_norms"] == pytest.approx(doubled)
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_reports_of_params_that_were_not_there(cls: Any) -> None:
+    """NaN, as of a param without gradient, until the next step."""
+    params, opt = in_groups(cls)
+    before, norm = reports(opt), float(opt.grad_norm())
+    opt.add_param_group({"params": [("d", nn.Parameter(torch.ones(2)))]})
+    for name, found in reports(opt).items():
+        assert found == pytest.approx({**before[name], "d": NAN}, nan_ok=True)
+    assert float(opt.grad_norm()) == norm
+    with_gradients(params)
+    opt.step()
+    assert reports(opt)["grad_norms"] == pytest.approx(
+        {**before["grad_norms"], "d": NAN}, nan_ok=True
+    )
+    opt.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3))  # a's place and name
+    for found in reports(opt).values():
+        assert {n for n, value in found.items() if value != value} == {"a", "d"}
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_reports_after_another_rule_came(cls: Any) -> None:
+    """Norms stand where the rule of that step put them, which here looks at none."""
+    _, opt = in_groups(cls, rule="lars")
+    before = reports(opt)
+    for group in opt.param_groups:
+        group.update(rule="lamb")
+    for name, found in reports(opt).items():
+        assert found == pytest.approx(before[name], nan_ok=True)
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_an_empty_first_group(cls: Any) -> None:
+    opt = cls([{"params": []}, {"params": [nn.Parameter(torch.ones(4))]}], track_grad_norm=True)
+    one(opt.grad_norm())
+    opt.step()
+    assert float(opt.grad_norm()) == 0.0
+    opt.param_groups[1]["params"][0].grad = torch.ones(4)
+    opt.step()
+    assert float(opt.grad_norm()) == 2.0
+    one(Lamb([{"params": []}]).grad_norm())
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_params_of_one_name_are_all_reported(cls: Any) -> None:
+    """torch.optim takes the named_parameters() of two networks."""
+    params = [torch.ones(2).requires_grad_() for _ in range(3)]
+    optimizer = cls([("w", params[0]), ("w", params[1]), ("b", params[2])], lr=0.1)
+    sum(p.sum() for p in params).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == ["w", "w (2)", "b"]

@@ -10,7 +10,13 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from dist_lamb import GradientNoiseScale, Lamb, ShardedLamb, gradient_noise_scale
+from dist_lamb import (
+    GradientNoiseScale,
+    Lamb,
+    ShardedLamb,
+    gradient_noise_scale,
+    param_groups,
+)
 
 DIMS, SIGMA = 400, 2.0
 
@@ -127,3 +133,43 @@ def test_batches_that_say_nothing(batches: tuple[int, int]) -> None:
         GradientNoiseScale(Mean(), small_batch=batches[0], big_batch=batches[1])
     with pytest.raises(ValueError, match="decay"):
         GradientNoiseScale(Mean(), small_batch=1, big_batch=4, decay=1.0)
+
+
+def test_what_optimizers_take() -> None:
+    """Groups and named params too; frozen ones are left out of all."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    given = (
+        model,
+        model.parameters(),
+        model.named_parameters(),
+        param_groups(model),
+        Lamb(model).param_groups,
+        [{"params": model[0].weight}, {"params": model[0].bias}],
+    )
+    found = []
+    for params in given:
+        noise = GradientNoiseScale(params, small_batch=2, big_batch=4)
+        with noise.watch():
+            model(torch.ones(2, 3)).sum().backward()
+        found.append(float(noise.update(torch.tensor(3.0)).noise))
+    assert found == pytest.approx([found[0]] * len(given))
+
+
+@pytest.mark.parametrize("params", [torch.ones(3), None, ["weight"], [("weight", 1.0)], {"a": 1}])
+def test_what_is_no_params(params: Any) -> None:
+    message = r"^GradientNoiseScale takes a module, or what an optimizer takes: tensors, "
+    with pytest.raises(TypeError, match=message):
+        GradientNoiseScale(params, small_batch=1, big_batch=2)
+
+
+def test_a_norm_that_is_a_number() -> None:
+    """DeepSpeed's and torch's clipping give it as either."""
+    model, found = Mean(), []
+    noise = GradientNoiseScale(model, small_batch=1, big_batch=2)
+    for norm in (torch.tensor(3.0), 3.0, 3):
+        with noise.watch():
+            model(samples(0, 1)).backward()
+        with pytest.raises(TypeError, match=r"^grad_norm is a number or a 0-d tensor; got None"):
+            noise.update(None)  # type: ignore[arg-type]
+        found.append(float(noise.update(norm).noise))
+    assert found == [found[0]] * 3

@@ -164,3 +164,29 @@ def test_presets(name: str, expected: dict[str, Any]) -> None:
     (group,) = Lamb([p], **preset(name)).param_groups
     plain = Lamb([p]).param_groups[0]
     assert {k for k in plain if k != "params" and group[k] != plain[k]} == set(expected)
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "parameters": (lambda: Net().parameters(), "it got Parameter"),
+    # rows of a [2, n] weight look like a pair
+    "two_rows": (lambda: nn.Linear(4, 2, bias=False).parameters(), "it got Parameter"),
+    "a_tensor": (lambda: Net().conv.weight, "it got Parameter"),
+    "state_dict": (lambda: Net().state_dict(), "it got .*Dict"),
+    "groups": (lambda: param_groups(Net()), "it got groups; give them to the optimizer as they"),
+    "none": (lambda: None, "it got None"),
+    "names": (lambda: [("a", "b")], r"it got tuple"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_what_has_no_names(make: Any, message: str) -> None:
+    expected = r"^param_groups takes a module, or its named_parameters\(\); " + message
+    with pytest.raises(TypeError, match=expected):
+        param_groups(make())
+
+
+@pytest.mark.parametrize("option", ["no_decay", "no_adapt"])
+def test_a_pattern_that_is_none(option: str) -> None:
+    wanted = rf"^{option}: pattern 'bias\(' is no regular expression: missing \)"
+    with pytest.raises(ValueError, match=wanted):
+        param_groups(Net(), **{option: ["conv", "bias("]})

@@ -86,9 +86,15 @@ def test_warm_up_and_decay(tensor_lr: bool) -> None:
         (4, 4, 0.25, [0.25, 0.5, 0.75, 1.0, 0.25, 0.25]),
         (1, 3, 0.0, [1.0, 1.0, 0.5, 0.0, 0.0]),
         (1, 1, 0.0, [1.0, 0.0, 0.0]),
+        # fractions, as 0.06 * total is one: both lines as they are, met at whole steps
+        (2.5, 10, 0.0, [0.4, 0.8, 1.0, 7 / 7.5, 6 / 7.5, 5 / 7.5]),
+        (0.5, 4, 0.0, [1.0, 3 / 3.5, 2 / 3.5, 1 / 3.5, 0.0, 0.0]),
+        (3.5, 4, 0.5, [1 / 3.5, 2 / 3.5, 3 / 3.5, 1.0, 0.5, 0.5]),
+        (1.8, 2.5, 0.0, [1 / 1.8, 1.0, 0.5 / 0.7, 0.0]),
+        (2.5, 2.5, 0.0, [0.4, 0.8, 1.0, 0.0]),
     ],
 )
-def test_edges(warmup: int, total: int, end: float, want: list[float]) -> None:
+def test_edges(warmup: float, total: float, end: float, want: list[float]) -> None:
     opt = optimizer()
     got = lrs(opt, schedules.warmup_linear_decay(opt, warmup, total, end), len(want))
     assert got == pytest.approx(want)
@@ -140,3 +146,22 @@ def test_up_then_down(total: int, share: float, end: float) -> None:
     assert max(got) == 1.0
     assert got[0] > 0
     assert got[total:] == pytest.approx([end, end])
+
+
+@given(total=st.floats(1, 60), share=st.floats(0, 1), end=st.floats(0, 1))
+def test_fractions_never_pass_the_peak(total: float, share: float, end: float) -> None:
+    """And whole numbers give the same bits, whatever their type."""
+    opt = optimizer()
+    got = lrs(opt, schedules.warmup_linear_decay(opt, total * share, total, end), 63)
+    assert 0 <= min(got) <= max(got) <= 1.0
+    peak = got.index(max(got))
+    assert got[:peak] == sorted(got[:peak])
+    assert got[peak:] == sorted(got[peak:], reverse=True)
+    whole, warmup = round(total), round(round(total) * share)
+    opt, other = optimizer(), optimizer()
+    same = lrs(opt, schedules.warmup_linear_decay(opt, warmup, whole, end), 63)
+    assert same == lrs(other, schedules.warmup_linear_decay(other, float(warmup), whole, end), 63)
+    for done, lr in enumerate(same):
+        left = max(0.0, (whole - done) / max(1, whole - warmup))
+        line = end + (1.0 - end) * min(1.0, left)
+        assert lr == ((done + 1) / warmup if done < warmup else line)
