@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dist_lamb import Lamb, ShardedLamb, checkpoint
-from dist_lamb.checkpoint import Checkpoint
+from dist_lamb import Lamb, ShardedLamb, checkpoint, storage_formats
+from dist_lamb.checkpoint import Checkpoint, CheckpointError
 from dist_lamb.checkpoint.cli import main
 
 
@@ -123,7 +123,7 @@ def test_fsdp2_programs_without_us(tmp_path: Path) -> None:
 
 
 def test_half_precision_gets_masters_and_back(tmp_path: Path) -> None:
-    """AdamW's moments of bf16 params are bf16; ours are float32, with a float32 master."""
+    """AdamW's moments of bf16 params are bf16: exact in our float32, with a float32 master."""
     model = net(dtype=torch.bfloat16)
     adam = torch.optim.AdamW(model.parameters(), amsgrad=True)
     stepped(model, adam)
@@ -149,6 +149,113 @@ def test_half_precision_gets_masters_and_back(tmp_path: Path) -> None:
     assert all(torch.equal(one.tensor(key), two.tensor(key)) for key in two.tensors)
     params = [group["params"] for group in two.state["groups"]]
     assert params == [group["params"] for group in one.state["groups"]]
+
+
+def values(model: nn.Module, lamb: Any) -> dict[str, Tensor]:
+    """The float32 values of bf16 params, and their other states."""
+    state = lamb.full_state_dict()["state"] if isinstance(lamb, ShardedLamb) else None
+    found: dict[str, Tensor] = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        of_p = dict(state[i] if state else lamb.state[p])
+        remainder, master = of_p.pop("remainder", None), of_p.pop("master", None)
+        if master is None:
+            pattern = storage_formats.pattern(p.detach())
+            master = storage_formats.master_of(pattern, remainder.int())
+        found |= {name: master.view(p.shape)} | {f"{name} {k}": v for k, v in of_p.items()}
+    return found
+
+
+def _dcp_by(how: str, folder: Path, model: nn.Module, lamb: Lamb) -> None:
+    if how == "export":
+        checkpoint.save(folder / "run", 3, model, lamb)
+        assert main(["export", "--format", "dcp", f"{folder}/run", f"{folder}/t"]) == 0
+        return
+    options = StateDictOptions(flatten_optimizer_state_dict=how == "torch, flattened")
+    state, optim = get_state_dict(model, lamb, options=options)
+    torch_dcp.save({"model": state, "optim": optim}, checkpoint_id=folder / "t", no_dist=True)
+
+
+@pytest.mark.parametrize("how", ["export", "torch", "torch, flattened"])
+def test_remainders_are_taken_exactly(how: str, tmp_path: Path) -> None:
+    narrow = {"lr": 0.01, "state_format": "bfloat16", "master": "remainder"}
+    model = net(dtype=torch.bfloat16)
+    lamb = Lamb(model, **narrow)
+    stepped(model, lamb, 3)
+    want = values(model, lamb)
+    assert any(lamb.state[p]["remainder"].any() for p in model.parameters())
+    _dcp_by(how, tmp_path, model, lamb)
+    assert main(["import", f"{tmp_path}/t", f"{tmp_path}/new"]) == 0
+    kept = Checkpoint(tmp_path / "new" / "step-3")
+    assert kept.tensors["optimizer.0.weight.remainder"].dtype == torch.int16
+    assert "optimizer.0.weight.master" not in kept.tensors
+    for formats in (narrow, narrow | {"master": "float32"}, {"lr": 0.01}):
+        for cls in (Lamb, ShardedLamb):
+            other = net(seed=1, dtype=torch.bfloat16)
+            loaded = cls(other.named_parameters(), **formats)
+            checkpoint.load(tmp_path / "new", other, loaded)
+            got = values(other, loaded)
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                assert torch.equal(got[key].float(), value.float()), (cls, formats, key)
+            if formats is narrow and cls is Lamb:
+                again = loaded, other
+    for _ in range(2):
+        stepped(model, lamb, 1)
+        stepped(again[1], again[0], 1)
+    got = values(again[1], again[0])
+    assert all(torch.equal(got[key], value) for key, value in values(model, lamb).items())
+
+
+def test_remainders_that_cannot_be_taken(tmp_path: Path, capsys: Any) -> None:
+    """Of a param that is not bf16, or in another dtype; and a step count that is none."""
+
+    def state(p: Tensor, remainder: torch.dtype, step: float = 2.0) -> dict[str, Tensor]:
+        zeros = {k: torch.zeros(p.shape) for k in ("exp_avg", "exp_avg_sq")}
+        ones = torch.ones(p.shape, dtype=remainder)
+        return {**zeros, "remainder": ones, "step": torch.tensor(step)}
+
+    weights = {
+        "half": torch.ones(3, dtype=torch.float16),
+        "wide": torch.ones(3),
+        "brain": torch.ones(3, dtype=torch.bfloat16),
+        "never": torch.ones(3),
+        "minus": torch.ones(3),
+    }
+    states = {name: state(p, torch.int16) for name, p in weights.items()}
+    states["brain"] = state(weights["brain"], torch.int32)
+    for name, step in (("never", torch.nan), ("minus", -5.0)):
+        states[name] = state(weights[name], torch.int16, step)
+    content = {"model": weights, "optim": {"state": states}}
+    torch_dcp.save(content, checkpoint_id=tmp_path / "t", no_dist=True)
+    assert main(["import", f"{tmp_path}/t", f"{tmp_path}/run"]) == 0
+    printed = capsys.readouterr().out
+    found = Checkpoint(tmp_path / "run" / "step-2")
+    for name in ("half", "wide", "brain"):
+        assert f"left out: remainder of {name}\n" in printed
+        assert f"optimizer.{name}.remainder" not in found.tensors
+        assert (f"optimizer.{name}.master" in found.tensors) == (name != "wide")
+    for name in ("never", "minus"):
+        assert f"left out: the optimizer's state of {name}\n" in printed
+        assert not any(key.startswith(f"optimizer.{name}.") for key in found.tensors)
+    assert torch.equal(found.tensor("optimizer.brain.master"), torch.ones(3))
+
+
+def test_steps_that_no_checkpoint_can_have(tmp_path: Path, capsys: Any) -> None:
+    model = net()
+    lamb = Lamb(model)
+    stepped(model, lamb)
+    _dcp_by("torch", tmp_path, model, lamb)
+    for step in (-1, 10**18, 10**30):
+        assert main(["import", f"{tmp_path}/t", f"{tmp_path}/run", "--step", f"{step}"]) == 1
+        error = capsys.readouterr().err
+        assert f"step must be an integer >= 0 and < {10**18}, got {step}\n" in error
+        with pytest.raises(CheckpointError, match="step must be an integer") as raised:
+            checkpoint.save(tmp_path / "run", step, model, lamb)
+        assert str(raised.value) in error
+    assert not (tmp_path / "run").exists()
+    for step in (0, 10**18 - 1):
+        assert main(["import", f"{tmp_path}/t", f"{tmp_path}/run", "--step", f"{step}"]) == 0
+        assert checkpoint.load(tmp_path / "run", model, lamb).step == step
 
 
 class Harmful:

@@ -384,9 +384,10 @@ def test_inspect_verify_export(saved: Path, tmp_path: Path, capsys: Any) -> None
     found = load_file(out)
     assert sorted(found) == sorted(key for key in whole.tensors if key != "rng")
     assert all(torch.equal(value, whole.tensor(key)) for key, value in found.items())
-    assert main(["export", "--weights", str(saved), str(out)]) == 0
+    weights = tmp_path / "weights.safetensors"
+    assert main(["export", "--weights", str(saved), str(weights)]) == 0
     model, _ = build(seed=3)
-    model.load_state_dict(load_file(out))
+    model.load_state_dict(load_file(weights))
     assert torch.equal(model.emb.weight, whole.tensor("model.emb.weight"))
 
     flip(saved / "step-2" / "rank-0.bin")
@@ -397,3 +398,31 @@ def test_inspect_verify_export(saved: Path, tmp_path: Path, capsys: Any) -> None
     assert "absent: no checkpoint here" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert "safetensors" in sys.modules
+
+
+@pytest.mark.parametrize("to", ["safetensors", "dcp"])
+def test_where_export_writes(
+    to: str, saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not over anything, and nothing but an error where nothing can be written."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("kept")
+    Path("folder").mkdir()
+    Path("link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(out: str) -> str:
+        assert main(["export", "--format", to, str(saved), out]) == 1
+        text: str = capsys.readouterr().err
+        assert text.startswith("dist_lamb: error: ")
+        assert text.count("\n") == 1, text
+        return text
+
+    for out in ("file", "folder", "link", ".", "..", "/", ""):
+        assert f"{Path(out)}: is there already; export to another path" in refused(out)
+    assert "file: " in refused("file/out")
+    assert "/proc/" in refused("/proc/out")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("file").read_text() == "kept"
+    assert main(["export", "--format", to, str(saved), "new/folder/out"]) == 0
+    assert [path.name for path in Path("new/folder").iterdir()] == ["out"]

@@ -20,6 +20,7 @@ import torch
 from ..sharding.comm import host_comm
 from . import dcp, storage
 from .errors import CheckpointError, printable
+from .files import check_step, os_errors
 from .folder import create_temporary, resolve
 from .json_codec import encode
 from .reading import Checkpoint
@@ -75,18 +76,23 @@ def export(checkpoint: Checkpoint, out: Path, weights: bool, to: str) -> None:
 
     The names in the file are the checkpoint's, ``model.<name>`` and ``optimizer.<name>.<state>``.
     With ``weights`` only the model's tensors, without ``model.``, as ``load_state_dict()`` takes
-    them.
+    them. Raises ``CheckpointError`` if there is something at ``out``.
     """
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out}: is there already; export to another path")
     checkpoint.verify()
-    if to == "dcp":
-        count = dcp.write(checkpoint, out, weights)
-    else:
-        count = _export_safetensors(checkpoint, out, weights)
+    with os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if to == "dcp":
+            count = dcp.write(checkpoint, out, weights)
+        else:
+            count = _export_safetensors(checkpoint, out, weights)
     say(f"{out}: {count} tensors of step {checkpoint.step}")
 
 
 def _export_safetensors(checkpoint: Checkpoint, out: Path, weights: bool) -> int:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise CheckpointError("export needs safetensors: pip install 'dist_lamb[export]'") from None
@@ -101,6 +107,8 @@ def _export_safetensors(checkpoint: Checkpoint, out: Path, weights: bool) -> int
     try:
         save_file(tensors, part, {"format": "pt", "dist_lamb": json.dumps(state, default=str)})
         os.replace(part, out)
+    except SafetensorError as error:
+        raise CheckpointError(f"{out}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
     return len(tensors)
@@ -113,6 +121,7 @@ def import_dcp(source: Path, directory: Path, step: int | None) -> None:
     """
     found = dcp.read(source)
     step = found.step if step is None else step
+    check_step(step)
     state = {
         "about": {"engine": "torch.distributed.checkpoint, imported"},
         "groups": found.groups,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -38,7 +39,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .. import options as lamb_options
 from ..rules import RULES
-from ..state import MASTER, TENSOR_STATES, needs_master, state_dtype
+from ..state import (
+    MASTER,
+    REMAINDER,
+    TENSOR_STATES,
+    needs_master,
+    state_dtype,
+    stored_dtype,
+)
 from .errors import CheckpointError
 from .files import open_file, os_errors
 from .fragments import are_disjoint
@@ -81,7 +89,7 @@ _ALLOWED = {
 def write(checkpoint: Checkpoint, out: Path, weights: bool) -> int:
     """Write a checkpoint, or its model's tensors by their own names alone, as a DCP folder ``out``.
 
-    Returns the number of tensors. Raises ``CheckpointError`` if there is something at ``out``.
+    Returns the number of tensors. Nothing may be at ``out``.
     """
     model = {
         key.removeprefix("model."): checkpoint.tensor(key)
@@ -98,15 +106,16 @@ def write(checkpoint: Checkpoint, out: Path, weights: bool) -> int:
                 state.setdefault(name, {})[kind] = checkpoint.tensor(key)
                 count += 1
         content["optim"] = {"state": state, "param_groups": checkpoint.state["groups"]}
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out}: is there already")
     part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex}")
     try:
-        with os_errors(out), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # That torch.distributed is not initialised: correct in one process.
             warnings.filterwarnings("ignore", message="torch.distributed is")
             dcp_save(content, storage_writer=FileSystemWriter(part), no_dist=True)
             part.rename(out)
+    except CheckpointException as error:
+        (failure,) = error.failures.values()
+        raise CheckpointError(f"{out}: {failure[0]}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return count
@@ -193,16 +202,24 @@ def _take_state(found: Imported, name: str, state: Mapping[str, Any]) -> None:
         for kind in RULES["lamb"].states
     )
     step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
-    if p is None or not fits or step.numel() != 1:
+    # load() refuses other counts: all that was imported would be lost with this one.
+    counts = step.numel() == 1 and bool(0 <= step < math.inf and step == step.floor())
+    if p is None or not fits or not counts:
         found.left_out.append(f"the optimizer's state of {name}")
         return
     found.tensors[f"optimizer.{name}.step"] = step.reshape(())
+    exact = False
     for kind, value in state.items():
-        if kind in TENSOR_STATES and isinstance(value, Tensor) and value.shape == p.shape:
-            found.tensors[f"optimizer.{name}.{kind}"] = value.to(state_dtype(p.dtype))
+        ours = kind in TENSOR_STATES and isinstance(value, Tensor) and value.shape == p.shape
+        if kind == REMAINDER:
+            # Of a param of another dtype it says nothing.
+            ours = exact = ours and (p.dtype, value.dtype) == (torch.bfloat16, torch.int16)
+        if ours:
+            held = stored_dtype(kind, value.dtype, p.dtype)
+            found.tensors[f"optimizer.{name}.{kind}"] = value.to(held)
         elif kind != "step":
             found.left_out.append(f"{kind} of {name}")
-    if needs_master(p.dtype):
+    if needs_master(p.dtype) and not exact:  # beside a remainder, a rounded one would count
         found.tensors.setdefault(f"optimizer.{name}.{MASTER}", p.to(state_dtype(p.dtype)))
 
 

@@ -76,6 +76,12 @@ class Entry:
     chunks: tuple[Chunk, ...]
 
 
+def check_step(step: object) -> None:
+    """Raise ``CheckpointError`` for what no checkpoint can have as its step."""
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MAX_STEP:
+        raise CheckpointError(f"step must be an integer >= 0 and < {MAX_STEP}, got {step!r}")
+
+
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Raise a ``CheckpointError`` that names the file instead of an OSError."""

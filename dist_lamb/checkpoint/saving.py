@@ -19,7 +19,7 @@ from . import folder, schema, storage
 from . import rng as rng_states
 from .collective_try import collective_try, on_rank_zero
 from .errors import CheckpointError
-from .files import MAX_STEP
+from .files import check_step
 from .fragments import Fragment
 from .json_codec import encode
 
@@ -177,8 +177,7 @@ def _snapshot(
     rng: bool,
     keep: int | None,
 ) -> _Snapshot:
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MAX_STEP:
-        raise CheckpointError(f"step must be an integer >= 0 and < {MAX_STEP}, got {step!r}")
+    check_step(step)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise CheckpointError(f"keep must be None or an integer >= 1, got {keep!r}")
     names = schema.Names(model, optimizer)
