@@ -142,7 +142,8 @@ def test_bfloat16_weights_with_remainders_are_trained_as_alone() -> None:
     together.advance(together.steps)
     losses = together.train_losses()
     for r, run in enumerate(runs):
-        torch.testing.assert_close(losses[:, r], alone(run, data), atol=2e-4, rtol=0)
+        # Sums in another order may round a moment the other way: by 1/256 of it.
+        torch.testing.assert_close(losses[:, r], alone(run, data), atol=2e-3, rtol=0)
     for optimizer in together.optimizers:
         states = [state["remainder"] for state in optimizer.state.values()]
         assert all(t.dtype == torch.int16 for t in states)

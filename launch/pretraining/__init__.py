@@ -21,7 +21,7 @@
 from importlib.util import find_spec
 
 #: What the extra ``pretrain`` installs; without it the error would name whatever comes first.
-PACKAGES = ("matplotlib", "numpy", "rich", "tensorboard", "tokenizers", "transformers")
+PACKAGES = ("matplotlib", "rich", "tensorboard", "tokenizers", "transformers")
 
 _missing = [name for name in ("torch", "dist_lamb", *PACKAGES) if find_spec(name) is None]
 if _missing:
