@@ -400,6 +400,7 @@ def _planned(rank: int, world: int) -> None:
     assert tables[3] is tables[4] is not None
 
 
+@pytest.mark.slow  # the interpreter on two ranks; test_gpu_fsdp2 has it on GPUs
 def test_planned_triton_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

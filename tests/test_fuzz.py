@@ -46,10 +46,8 @@ def test_lamb(impl: str, few: int, many: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(("impl", "few", "many"), SHARDED)
+@pytest.mark.parametrize(("impl", "few", "many"), SHARDED[:1])  # the interpreter is slow
 def test_sharded(impl: str, few: int, many: int, world: int) -> None:
-    if impl == "triton" and world != 2:
-        pytest.skip("the interpreter is slow")
     _fuzz(impl, range(few), world)
 
 

@@ -259,7 +259,7 @@ def test_a_damaged_log_is_named_and_left(config: Path, tmp_path: Path, capsys: A
     assert [row for row in longer if row["step"] <= 2] == rows
 
 
-@pytest.mark.parametrize("missing", ["numpy", "transformers", "dist_lamb"])
+@pytest.mark.parametrize("missing", ["rich", "transformers", "dist_lamb"])
 def test_missing_packages_are_named_with_their_extra(missing: str, tmp_path: Path) -> None:
     """Without anything of the environment that has them."""
     program = f"""
