@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import multiprocessing as mp
@@ -215,35 +214,30 @@ def test_narrow_states(interpreted: Callable[..., Any]) -> None:
     interpreted(_narrow)
 
 
-# --- choosing it ----------------------------------------------------------------------------------
+def _vector(*shape: int, transposed: bool = False, gradient: bool = True) -> Tensor:
+    p = torch.linspace(-1.0, 1.0, math.prod(shape)).view(shape)
+    p = p.t() if transposed else p
+    p.grad = torch.ones_like(p) if gradient else None
+    return p
 
 
 def _uneven() -> None:
-    def vector(*shape: int) -> Tensor:
-        p = torch.linspace(-1.0, 1.0, math.prod(shape)).view(shape)
-        p.grad = torch.ones_like(p)
-        return p
-
-    def stepped(groups: list[dict[str, Any]]) -> list[Tensor]:
+    other = {"rule": "adamw"}
+    cases: list[Callable[[], list[dict[str, Any]]]] = [
+        lambda: [{"params": [_vector(4)]}, {"params": [_vector(3, gradient=False)], **other}],
+        lambda: [{"params": [_vector(4)]}, {"params": [_vector(0, 3)], **other}],
+        lambda: [
+            {"params": [_vector(7, 5, transposed=True)]},
+            {"params": [_vector(9)], "state_format": "bfloat16"},
+        ],
+    ]
+    for case in cases:
         found = []
         for impl in ("triton", "reference"):
-            own = [{**g, "params": [copy.deepcopy(p) for p in g["params"]]} for g in groups]
-            for g, given in zip(own, groups):
-                for p, of in zip(g["params"], given["params"]):
-                    p.grad = None if of.grad is None else of.grad.clone()
-            Lamb(own, impl=impl).step()
-            found.append(torch.cat([p.flatten() for g in own for p in g["params"]]))
+            groups = case()
+            Lamb(groups, impl=impl).step()
+            found.append(torch.cat([p.flatten() for group in groups for p in group["params"]]))
         torch.testing.assert_close(*found, atol=2e-5, rtol=0)
-        return found
-
-    other = {"rule": "adamw"}
-    frozen = vector(3)
-    frozen.grad = None
-    stepped([{"params": [vector(4)]}, {"params": [frozen], **other}])
-    stepped([{"params": [vector(4)]}, {"params": [vector(0, 3)], **other}])
-    wide = vector(7, 5).t()
-    wide.grad = torch.ones_like(wide)
-    stepped([{"params": [wide]}, {"params": [vector(9)], "state_format": "bfloat16"}])
 
 
 def test_rules_without_a_segment_and_wide_states_beside_narrow(
@@ -251,6 +245,9 @@ def test_rules_without_a_segment_and_wide_states_beside_narrow(
 ) -> None:
     """A rule none of whose params has a gradient; a transposed param with float32 states."""
     interpreted(_uneven)
+
+
+# --- choosing it ----------------------------------------------------------------------------------
 
 
 def _interpreting() -> bool:

@@ -378,15 +378,17 @@ class FlatBuffers:
         if i not in self._slots:
             return
         slot, own = self._slots[i], self.local_state(i)
-        for name in {MASTER, REMAINDER} & whole.keys() - own.keys():
-            to_be_held(name, as_laid_out(whole[name].to(slot.device), slot), slot)
+        as_bfloat16 = slot.dtype == torch.bfloat16
+        if not as_bfloat16:
+            for name in {MASTER, REMAINDER} & whole.keys() - own.keys():
+                to_be_held(name, as_laid_out(whole[name].to(slot.device), slot), slot)
         if REMAINDER in own and REMAINDER not in whole and MASTER in whole:
             master = as_laid_out(whole[MASTER].to(slot.device), slot)
             whole = {**whole, REMAINDER: split_into(slot, master)}
         for name, part in own.items():
             value = whole.get(name)
             if value is None and name == MASTER:
-                was_split = REMAINDER in whole and slot.dtype == torch.bfloat16
+                was_split = as_bfloat16 and REMAINDER in whole
                 value = joined(slot, whole[REMAINDER].to(slot.device)) if was_split else slot
             if value is None:
                 part.zero_()

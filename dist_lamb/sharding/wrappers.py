@@ -27,13 +27,10 @@ def _found(params: Sequence[Tensor], arrived: bool) -> str | None:
     own, shapes = set(map(id, params)), {tuple(p.shape) for p in params}
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharders = () if fsdp is None else (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    wrappers = (DistributedDataParallel, *sharders)
     living = gc.get_objects()
     # Half a million objects: types first, by loops in C; most programs have none of these.
-    kinds = {
-        kind
-        for kind in set(map(type, living))
-        if issubclass(kind, (DistributedDataParallel, *sharders))
-    }
+    kinds = {kind for kind in set(map(type, living)) if issubclass(kind, wrappers)}
     for thing in living if kinds else ():
         kind = type(thing)
         if kind not in kinds or "_modules" not in thing.__dict__:
