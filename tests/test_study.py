@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,22 @@ def test_the_mode_is_what_was_measured(tmp_path: Path) -> None:
     more = ["decoder,64,1,graph,100", "decoder,64,1,compile,110", ""]
     path.write_text("\n".join([*lines, "decoder,16,4,compile,150", *more]))
     assert best_mode(path) == "graph"
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"), [("study_large_batch", "."), ("study_narrow", "narrow")]
+)
+def test_what_is_published_comes_from_its_rows(tmp_path: Path, config: str, folder: str) -> None:
+    """One command makes the published text and figures again, and keeps what a hand wrote."""
+    published = ROOT / "launch" / "results" / folder
+    shutil.copy(published / "study.md", tmp_path)
+    of = [str(ROOT / "configs" / f"{config}.toml"), "--out", str(published)]
+    assert study.main(["report", *of, "--to", str(tmp_path)]) == 0
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert text == (published / "study.md").read_text(encoding="utf-8")
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {path.name for path in published.glob("study_*.png")}
+    assert all(f"({name})" in text for name in figures)
 
 
 def test_every_configuration_of_the_repository_loads() -> None:

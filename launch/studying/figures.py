@@ -40,8 +40,9 @@ def draw(
         f"study_basins_{a}.png": _basins(config, results, cells, a, colors)
         for a in config.architectures
     }
-    figures["study_transfer.png"] = _transfer(config, cells, colors)
-    figures["study_steps.png"] = _steps(config, results, noises, colors)
+    if len(config.batches) > 1:
+        figures["study_transfer.png"] = _transfer(config, cells, colors)
+        figures["study_steps.png"] = _steps(config, results, noises, colors)
     figures["study_noise.png"] = _noise(config, noises, colors)
     figures["study_trust.png"] = _trust(trusts)
     written = []
@@ -73,61 +74,69 @@ def _basins(
     architecture: str,
     colors: dict[str, str],
 ) -> Figure | None:
-    """Loss against lr. Runs that diverged stand at the upper edge as crosses, those that are stuck
-    are hollow; a triangle is the transferred lr, a star the best."""
+    """Loss against lr; the second row shows what is near the best losses."""
     own = {key: of for key, of in cells.items() if key[0] == architecture}
-    if not own:
+    if all(of.lrs < 2 for of in own.values()):
         return None
-    finite = [row.loss for run, row in results.items() if run.architecture == architecture]
-    finite = [loss for loss in finite if math.isfinite(loss)]
-    low = min(finite)
-    unigram = next(
-        row.unigram_loss for run, row in results.items() if run.architecture == architecture
-    )
-    high = min(max(finite), unigram + 0.3) + 0.1
+    rows = [row for run, row in results.items() if run.architecture == architecture]
+    finite = [row.loss for row in rows if math.isfinite(row.loss)]
+    unigram, low = rows[0].unigram_loss, min(finite)
+    # As high as the best of every basin, and a little above it.
+    near = max(of.best.mean for of in own.values() if of.swept) + 0.25
     count = len(config.batches)
     figure, grid = plt.subplots(
-        1, count, figsize=(4 * count, 4.6), sharey=True, squeeze=False, layout="constrained"
+        2, count, figsize=(4 * count, 7), sharex="col", sharey="row", layout="constrained"
     )
+    grid = grid.reshape(2, count)
     figure.suptitle(f"{architecture}: held-out loss against lr")
+    for line, high in zip(grid, (min(max(finite), unigram + 0.3) + 0.1, near)):
+        line[0].set_ylim(low - 0.1 * (high - low), high)
+        line[0].set_ylabel("nats a predicted token")
+        for axes, batch in zip(line, config.batches):
+            tried: set[float] = set()
+            for rule, color in colors.items():
+                of = own.get((architecture, rule, batch))
+                half_life_at_base = config.rules[rule].half_life and batch == config.base_batch
+                if of is not None and not half_life_at_base:
+                    tried |= _basin(axes, config, results, of, high, color)
+            axes.axhline(unigram, color="#999999", linewidth=0.8, linestyle=":")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(tried), [f"{lr:g}" for lr in sorted(tried)], rotation=60)
+            _plain(axes)
     for axes, batch in zip(grid[0], config.batches):
-        for rule, color in colors.items():
-            of = own.get((architecture, rule, batch))
-            half_life_at_base = config.rules[rule].half_life and batch == config.base_batch
-            if of is None or half_life_at_base:
-                continue
-            rows = basin(of.cell, results, config.seeds[0])
-            well = {lr: row.loss for lr, row in rows.items() if not row.diverged}
-            axes.plot(
-                list(well), np.minimum(list(well.values()), high), color=color, label=rule, lw=1.3
-            )
-            for lr, row in rows.items():
-                if row.diverged:
-                    axes.plot(lr, high, "x", color=color, markersize=7, clip_on=False)
-                else:
-                    fill = "white" if row.stuck else color
-                    axes.plot(lr, min(row.loss, high), "o", color=color, mfc=fill, markersize=5)
-            others = [
-                (run.lr, row.loss)
-                for run, row in results.items()
-                if run.cell == of.cell and run.seed != config.seeds[0] and row.loss < high
-            ]
-            if others:
-                axes.plot(*zip(*others), ".", color=color, alpha=0.5, markersize=4)
-            axes.plot(of.best.lr, of.best.rows[0].loss, "*", color=color, markersize=13)
-            if of.moved is not None:
-                axes.plot(of.moved.lr, low - 0.06, "^", color=color, markersize=8)
-        axes.axhline(unigram, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0e}")
-        axes.tick_params(axis="x", rotation=60)
-        axes.set_ylim(low - 0.1, high)
-        axes.set_xlabel("lr")
         axes.set_title(f"batch {batch}, {config.steps(batch):,} steps", fontsize=10)
-        _plain(axes)
-    grid[0][0].set_ylabel("nats a predicted token")
-    grid[0][-1].legend(frameon=False, fontsize=8)
+    for axes in grid[1]:
+        axes.set_xlabel("lr")
+    # One line of each rule, from whichever panel has it.
+    lines = {of.get_label(): of for axes in grid[0] for of in axes.get_legend_handles_labels()[0]}
+    grid[0][-1].legend(handles=list(lines.values()), frameon=False, fontsize=8)
     return figure
+
+
+def _basin(
+    axes: Axes, config: StudyConfig, results: Results, of: Found, high: float, color: str
+) -> set[float]:
+    """Draw one basin and return its lrs. Runs that diverged stand at the upper edge as crosses,
+    those that are stuck are hollow; a triangle is the transferred lr, a star the best, a small dot
+    another seed."""
+    rows = basin(of.cell, results, config.seeds[0])
+    well = {lr: row.loss for lr, row in rows.items() if not row.diverged}
+    axes.plot(list(well), list(well.values()), color=color, label=of.cell.rule, lw=1.3)
+    for lr, row in rows.items():
+        if row.diverged:
+            axes.plot(lr, high, "x", color=color, markersize=7, clip_on=False)
+        else:
+            fill = "white" if row.stuck else color
+            axes.plot(lr, row.loss, "o", color=color, mfc=fill, markersize=5)
+    for run, row in results.items():
+        if run.cell == of.cell and run.seed != config.seeds[0] and not row.diverged:
+            axes.plot(run.lr, row.loss, ".", color=color, alpha=0.5, markersize=5)
+    if of.swept:
+        axes.plot(of.best.lr, of.best.rows[0].loss, "*", color=color, markersize=13)
+    if of.moved is not None:
+        at_bottom = axes.get_xaxis_transform()
+        axes.plot(of.moved.lr, 0.04, "^", color=color, markersize=8, transform=at_bottom)
+    return set(rows)
 
 
 def _transfer(
@@ -155,12 +164,14 @@ def _transfer(
                     x, y, bars = zip(*points)
                     axes.errorbar(x, y, bars, color=color, marker="o", label=rule, capsize=3)
                 lost = [s[0] for s in series if not math.isfinite(s[index])]
-                top = [1.0] * len(lost)
-                axes.plot(
-                    lost, top, "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False
-                )
-        grid[0][column].set_title(f"{architecture}: cost, transferred minus base")
-        grid[1][column].set_title(f"{architecture}: regret, transferred minus best of the batch")
+                for x in lost:
+                    at_top = axes.get_xaxis_transform()
+                    axes.plot(x, 1.0, "x", color=color, transform=at_top, clip_on=False)
+        for axes, name in (
+            (grid[0][column], "cost, transferred minus base"),
+            (grid[1][column], "regret, transferred minus best of the batch"),
+        ):
+            axes.set_title(f"{architecture}: {name}", fontsize=10)
     for axes in grid.flat:
         axes.set_xscale("log", base=4)
         axes.set_xticks(config.batches, [str(b) for b in config.batches])
@@ -190,7 +201,7 @@ def _steps(
         for rule, color in colors.items():
             target, fewest = fewest_steps(config, results, architecture, rule)
             points = {b: s for b, s in fewest.items() if math.isfinite(s)}
-            if not points:
+            if len(points) < 2:
                 continue
             axes.plot(list(points), list(points.values()), "o-", color=color, label=rule)
             if config.base_batch in points and rule in ("adamw", "lamb"):

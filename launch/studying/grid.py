@@ -72,11 +72,17 @@ def sides(config: StudyConfig, rows: Mapping[float, Row]) -> tuple[bool, bool]:
     return any(lr < best for lr in risen), any(lr > best for lr in risen)
 
 
+def swept(config: StudyConfig, cell: Cell, results: Results) -> bool:
+    """Whether all lrs of the first sweep were run."""
+    rows = basin(_rounded(cell), results, config.seeds[0])
+    return all(float(f"{lr:.6g}") in rows for lr in first_lrs(config, cell))
+
+
 def complete(config: StudyConfig, cell: Cell, results: Results) -> bool:
     """Whether no lr will be added to this basin any more."""
     rows = basin(_rounded(cell), results, config.seeds[0])
-    swept = all(float(f"{lr:.6g}") in rows for lr in first_lrs(config, cell))
-    return swept and (all(sides(config, rows)) or len(rows) >= config.max_lrs)
+    ends = all(sides(config, rows)) or len(rows) >= config.max_lrs
+    return ends and swept(config, cell, results)
 
 
 def _rounded(cell: Cell) -> Cell:

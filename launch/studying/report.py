@@ -32,20 +32,22 @@ def write(
     above = path.read_text(encoding="utf-8").split(HEADING)[0] if path.exists() else ""
     parts = [above + HEADING + "\n", _hardware(config, results)]
     sections: list[tuple[str, str]] = [
-        ("What the numbers say of the hypotheses",
-         "\n".join(tables.verdicts(config, cells)) + "\n"),
-        (f"The cell of four times the base batch ({4 * config.base_batch})",
-         tables.four_times_table(config, cells)),
+        ("What the numbers say of the hypotheses", "\n".join(tables.verdicts(config, cells))),
         ("All cells: best and transferred lr", _LEGEND + tables.cells_table(config, cells)),
-        ("Tuned: the difference to AdamW (H2)", tables.difference_table(config, cells)),
-        ("Warm-up at the largest batch", tables.warmups_table(config, results)),
+        ("Tuned: the difference to the first rule", tables.difference_table(config, cells)),
         ("Runs that diverged + runs that got stuck", tables.failures_table(config, results)),
-        ("Steps", _steps(config, results)),
         ("Wall clock", _wall_clock(source / calibrate.FILE)),
-        ("Figures", "\n".join(f"![]({p.name})\n" for p in drawn)),
+        ("Figures", "\n\n".join(f"![]({p.name})" for p in drawn)),
         ("Not run", "\n".join(tables.missing_lines(config, results) or ["Nothing is missing."])),
-    ]  # fmt: skip
-    parts += [f"### {title}\n\n{body}" for title, body in sections if body.strip()]
+    ]
+    if len(config.batches) > 1:
+        # In the order that a reader asks: transfer, tuned, what else was varied, what it saves.
+        four = f"The cell of four times the base batch ({4 * config.base_batch})"
+        sections.insert(1, (four, tables.four_times_table(config, cells)))
+        warm_up = ("Warm-up at the largest batch", tables.warmups_table(config, results))
+        sections.insert(4, warm_up)
+        sections.insert(6, ("Steps", _steps(config, results)))
+    parts += [f"### {title}\n\n{body.strip()}\n" for title, body in sections if body.strip()]
     path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     say(f"wrote {path}")
 
@@ -80,7 +82,8 @@ def _steps(config: StudyConfig, results: tables.Results) -> str:
     for architecture in config.architectures:
         for rule in config.rules:
             target, fewest = tables.fewest_steps(config, results, architecture, rule)
-            if fewest and any(s < float("inf") for s in fewest.values()):
+            # A half-life rule that was not run has its base's row at the base batch alone.
+            if len(fewest) > 1:
                 counts = [f"{fewest[b]:.0f}" if b in fewest else "" for b in config.batches]
                 lines.append([architecture, rule, f"{target:.2f}", *counts])
     header = ["model", "rule", "loss", *(f"batch {b}" for b in config.batches)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from studying.config import StudyConfig
-from studying.grid import Results, basin, best_lr, first_lrs, sides
+from studying.grid import Results, basin, best_lr, sides, swept, wanted
 from studying.results import Cell, Row, Run
 
 
@@ -51,6 +52,8 @@ class Found:
     moved: Point | None
     lrs: int
     sides: tuple[bool, bool]
+    swept: bool
+    """Whether all lrs of the first sweep were run: before, the best lr says nothing."""
 
     @property
     def regret(self) -> float:
@@ -85,7 +88,8 @@ def found(
     moved = None
     if base_lr is not None:
         moved = point(cell, float(f"{config.transferred_lr(base_lr, batch):.6g}"), results)
-    return Found(cell, best, moved, len(rows), sides(config, rows))
+    known = sides(config, rows), swept(config, cell, results)
+    return Found(cell, best, moved, len(rows), *known)
 
 
 def everything(config: StudyConfig, results: Results) -> dict[tuple[str, str, int], Found]:
@@ -162,25 +166,33 @@ def four_times_table(config: StudyConfig, cells: dict[tuple[str, str, int], Foun
 
 
 def difference_table(config: StudyConfig, cells: dict[tuple[str, str, int], Found]) -> str:
-    """LAMB's best loss minus AdamW's, beside two pooled standard deviations of the seeds."""
+    """Each rule's best loss minus that of the first rule."""
     rows = []
+    reference = next(iter(config.rules))
     for (architecture, rule, batch), of in cells.items():
-        other = cells.get((architecture, "adamw", batch))
-        if rule == "adamw" or other is None:
-            continue
-        both = [d for d in (of.best.deviation, other.best.deviation) if math.isfinite(d)]
-        noise = 2 * math.sqrt(sum(d * d for d in both) / len(both)) if both else math.nan
-        difference = of.best.mean - other.best.mean
-        verdict = "open" if math.isnan(noise) else "within" if abs(difference) <= noise else "seen"
-        rows.append(
-            [architecture, rule, batch, _number(difference), _number(noise, ".3f"), verdict]
-        )
-    header = "model|rule|batch|best loss minus AdamW's|2 pooled deviations|difference"
+        other = cells.get((architecture, reference, batch))
+        if rule != reference and other is not None:
+            difference, noise, seen = _tuned(of, other)
+            numbers = _number(difference), _number(noise, ".3f")
+            rows.append([architecture, rule, batch, *numbers, seen])
+    header = f"model|rule|batch|best loss minus {reference}'s|2 pooled deviations|difference"
     return table(header.split("|"), rows)
 
 
+def _tuned(of: Found, other: Found) -> tuple[float, float, str]:
+    """Difference of the best losses, two pooled standard deviations of the seeds, and whether it is
+    within them."""
+    both = [d for d in (of.best.deviation, other.best.deviation) if math.isfinite(d)]
+    noise = 2 * math.sqrt(sum(d * d for d in both) / len(both)) if both else math.nan
+    difference = of.best.mean - other.best.mean
+    seen = "within" if abs(difference) <= noise else "seen"
+    if math.isnan(noise) or not (of.swept and other.swept):
+        seen = "open"
+    return difference, noise, seen
+
+
 def verdicts(config: StudyConfig, cells: dict[tuple[str, str, int], Found]) -> list[str]:
-    """H1 to H3 as the numbers have them, each by architecture."""
+    """H1 to H3 of ``study_large_batch`` as the numbers have them, each by architecture."""
     lines = []
     for architecture in config.architectures:
         for batch in [b for b in config.batches if b >= 16 * config.base_batch]:
@@ -189,6 +201,15 @@ def verdicts(config: StudyConfig, cells: dict[tuple[str, str, int], Found]) -> l
             if lamb and adamw:
                 compared = _compared("LAMB", lamb, "AdamW", adamw)
                 lines.append(f"* H1, {architecture}, batch {batch}: {compared}")
+        for batch in config.batches:
+            of, other = (cells.get((architecture, rule, batch)) for rule in ("lamb", "adamw"))
+            if of and other:
+                difference, noise, seen = _tuned(of, other)
+                verdict = {"within": "held", "seen": "refuted"}.get(seen, seen)
+                lines.append(
+                    f"* H2, {architecture}, batch {batch}: LAMB minus AdamW {difference:+.3f}, "
+                    f"noise {noise:.3f}; {verdict}"
+                )
         largest = config.batches[-1]
         scaled = _regret(cells.get((architecture, "adamw-halflife", largest)))
         fixed = _regret(cells.get((architecture, "adamw", largest)))
@@ -284,20 +305,21 @@ def warmups_table(config: StudyConfig, results: Results) -> str:
 
 
 def missing_lines(config: StudyConfig, results: Results) -> list[str]:
-    """What the configuration asks for and the results lack, one line a cell."""
-    lines = []
-    for architecture in config.architectures:
-        for rule, of in config.rules.items():
-            for batch in config.batches[1 if of.half_life else 0 :]:
-                cell = cell_of(config, architecture, rule, batch)
-                lrs = {float(f"{lr:.6g}") for lr in first_lrs(config, cell)}
-                have = basin(cell, results, config.seeds[0]).keys()
-                if lrs - have:
-                    lines.append(
-                        f"* {architecture}, {rule}, batch {batch}: {len(lrs - have)} of "
-                        f"{len(lrs)} first lrs were not run"
-                    )
-    return lines
+    """What the configuration asks for, as far as the results can tell, and they lack."""
+    first = config.seeds[0]
+    kinds: dict[tuple[str, str, int], Counter[str]] = {}
+    for run in wanted(config, results):
+        kind = "lrs" if run.seed == first else "runs with other seeds"
+        if run.cell != cell_of(config, run.architecture, run.rule, run.batch):
+            kind = "runs with other warm-ups"
+        kinds.setdefault((run.architecture, run.rule, run.batch), Counter())[kind] += 1
+    return [
+        f"* {architecture}, {rule}, batch {batch}: "
+        + ", ".join(f"{count} {kind}" for kind, count in sorted(of.items()))
+        for (architecture, rule, batch), of in sorted(
+            kinds.items(), key=lambda item: (config.architectures.index(item[0][0]), item[0])
+        )
+    ]
 
 
 def steps_to(row: Row, target: float) -> float:
@@ -318,12 +340,14 @@ def fewest_steps(
     config: StudyConfig, results: Results, architecture: str, rule: str
 ) -> tuple[float, dict[int, float]]:
     """The loss that a run at every batch reaches, for all rules of the model, and {batch: fewest
-    steps to it} over all lrs of a rule."""
+    steps to it} over all lrs of a rule; of cells whose first lrs were all run."""
     best: list[float] = []
     runs: dict[int, list[Row]] = {}
     for of in config.rules:
         for batch in config.batches:
             cell = cell_of(config, architecture, of, batch)
+            if not swept(config, cell, results):
+                continue
             rows = list(basin(cell, results, config.seeds[0]).values())
             alive = [row.loss for row in rows if not row.diverged]
             if alive:
