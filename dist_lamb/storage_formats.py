@@ -105,15 +105,16 @@ def param_of(x: Any) -> Any:
     It is inf for those 32,768 masters of either sign that are nearer to inf than to the largest
     bfloat16, and a quiet NaN for every NaN.
     """
-    return where(x == x, (bits(x) + 0x8000) >> 16, (bits(x) >> 16) | 0x40)
+    return where(x == x, bits(x) + 0x8000, bits(x) | 0x400000) >> 16
 
 
 def remainder_of(x: Any) -> Any:
-    """A float32 master less its param, as patterns: int32 in [-32768, 32767], 0 of a NaN.
+    """A float32 master less its param, as patterns: int32 in [-32768, 32767], the low half of the
+    master's as a signed number.
 
-    Its sign tells whether the param was rounded away from zero.
+    Its sign tells whether the param was rounded away from zero. Of a NaN it says nothing.
     """
-    return where(x == x, ((bits(x) + 0x8000) & 0xFFFF) - 0x8000, 0)
+    return ((bits(x) & 0xFFFF) ^ 0x8000) - 0x8000
 
 
 def master_of(h: Any, remainder: Any) -> Any:
