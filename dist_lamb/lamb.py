@@ -22,6 +22,7 @@ from .rules import Rule
 from .sharding.dtensors import (
     elements_of,
     elsewhere,
+    full_of,
     local_of,
     mismatch,
     placed_as,
@@ -77,7 +78,8 @@ class Lamb(LambBase):
         master: of bfloat16 params: ``"float32"``, or ``"remainder"``, 2 bytes a param in place of
             4: the param is the master rounded to nearest (half away from zero), and an int16
             ``remainder`` in the state is what the master has more. Nothing is lost by it. Float16
-            params keep float32 masters.
+            params keep float32 masters. For whole state dicts of DTensors see
+            :meth:`full_optimizer_state_dict`.
         track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it, and
             :meth:`grad_norms` those of every param.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
@@ -189,6 +191,24 @@ class Lamb(LambBase):
             refresh_master(local_of(state[MASTER]), x)
         if REMAINDER in state:
             refresh_remainder(local_of(state[REMAINDER]), x)
+
+    def full_optimizer_state_dict(self) -> dict[str, Any]:
+        """The state dict with whole tensors on the CPU, on every rank; of DTensors a collective.
+
+        It loads at any number of ranks, on any mesh, and into the package's other optimizers.
+        torch's ``get_optimizer_state_dict`` with ``full_state_dict`` gives the same by name, but
+        not of int16 remainders, which neither gloo nor NCCL sends.
+        """
+        packed = dict(self.state_dict())
+        # In the same order on every rank: each DTensor is a collective.
+        state = {
+            i: {
+                name: full_of(value).to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for name, value in sorted(entry.items())
+            }
+            for i, entry in sorted(packed["state"].items())
+        }
+        return {**packed, "state": state}
 
     def _formats(self) -> list[Formats]:
         """By group."""

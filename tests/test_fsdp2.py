@@ -230,6 +230,11 @@ def _save(world: int, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "model": get_model_state_dict(net, options=WHOLE),
         "optimizer": get_optimizer_state_dict(net, optimizer, options=WHOLE),
     }
+    ours = optimizer.full_optimizer_state_dict()
+    for i, name in enumerate(n for g in ours["param_groups"] for n in g["param_names"]):
+        by_name = full["optimizer"]["state"][name]
+        assert ours["state"][i].keys() == by_name.keys()
+        assert_same(ours["state"][i], by_name, name)
     # In every state dict of torch plain tensors, here "step", are the live ones; and torch's
     # helpers put what they load, sharded, into the dict they were given.
     kept = copy.deepcopy(full)

@@ -333,11 +333,7 @@ def _meshes() -> list[str]:
                     before = optimizer
                     optimizer = Lamb(models.groups_of(params), **OPTIONS, impl="foreach", **formats)
                     if before is not None:
-                        packed = before.state_dict()
-                        for entry in packed["state"].values():
-                            entry.update(
-                                {n: full_of(v) for n, v in entry.items() if isinstance(v, DTensor)}
-                            )
+                        packed = before.full_optimizer_state_dict()
                         optimizer.load_state_dict(packed)
                 like = make(dtype)
                 for n, g in models.mean_gradients(like, t).items():

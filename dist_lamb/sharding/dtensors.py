@@ -47,8 +47,10 @@ def wrapped(local: Tensor, like: Tensor) -> Tensor:
     return _torch_private.wrap_local(whole, local)  # type: ignore[no-any-return]
 
 
-def full_of(value: DTensor) -> Tensor:
+def full_of(value: Tensor) -> Tensor:
     """The whole tensor, on every rank; a collective. No backend sends 16-bit integers as such."""
+    if not is_dtensor(value):
+        return value
     if value.dtype != torch.int16:
         return value.full_tensor()
     as_sent: Any = wrapped(local_of(value).view(torch.bfloat16), value)
@@ -60,10 +62,9 @@ def piece_of(value: Tensor, like: Tensor) -> Tensor:
 
     A collective if ``value`` is a DTensor that is sharded in another way.
     """
-    if is_dtensor(value):
-        if is_dtensor(like) and _same_sharding(value, like):
-            return local_of(value)
-        value = full_of(value)
+    if is_dtensor(value) and is_dtensor(like) and _same_sharding(value, like):
+        return local_of(value)
+    value = full_of(value)
     if is_dtensor(like):
         # What DTensor tells torch.distributed.checkpoint: right for FSDP over TP as well, where
         # the placements alone do not say which axis cuts first.
