@@ -127,7 +127,8 @@ class ShardedState:
         self._rules, self._formats = list(map(rules.of, groups)), list(map(Formats.of, groups))
         of_each = [own for own, g in zip(self._formats, groups) for _ in g["params"]]
         for j, made_for in enumerate(buffers.formats):
-            if of_each[self.indices[j]] != made_for:
+            now, dtype = of_each[self.indices[j]], buffers.params[j].dtype
+            if now.counting(dtype) != made_for.counting(dtype):
                 raise RuntimeError(
                     f"{buffers.layout.params[j].name} has come under other formats than "
                     f"state_format={made_for.moments!r}, master={made_for.master!r}, which its "

@@ -34,6 +34,11 @@ class Formats(NamedTuple):
     def nearest(self) -> bool:
         return self.moments == "bfloat16-nearest"
 
+    def counting(self, dtype: torch.dtype) -> Formats:
+        """With the defaults in place of what says nothing about params of ``dtype``."""
+        moments = self.moments if state_dtype(dtype) == torch.float32 else "float32"
+        return Formats(moments, self.master if dtype == torch.bfloat16 else "float32")
+
 
 #: Every state as wide as the arithmetic.
 FLOAT32 = Formats()

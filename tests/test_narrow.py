@@ -543,6 +543,21 @@ def test_groups_of_several_formats_and_changing_them() -> None:
             assert torch.equal(masters(own, optimizer)["fc.bias"], before)
 
 
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_a_format_that_says_nothing_about_a_param_may_change(cls: Any) -> None:
+    """Of float32 params ``master``, of float64 ones both."""
+    p = nn.Parameter(torch.ones(3))
+    q = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = cls([{"params": [p], "master": "remainder"}, {"params": [q], **NARROW}])
+    for formats in ({}, {"master": "float32"}, {"master": "remainder"}):
+        optimizer.param_groups[0].update(formats)
+        optimizer.param_groups[1].update(formats, state_format="float32")
+        for param in (p, q):
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert [set(optimizer.state[x]) for x in (p, q)] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
+
+
 # --- amsgrad, and masters that are loaded ---------------------------------------------------------
 
 
