@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import foreign, options, rules, step
@@ -22,7 +23,7 @@ from .last_step import LastStep, Members
 from .norms import Norms
 from .overlaps import first_overlap
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
-from .state import TENSOR_STATES, Formats, to_be_held
+from .state import TENSOR_STATES, Formats, scalar_of, to_be_held
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
@@ -51,7 +52,7 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
     """One floating-point number on ``device``; as it is where it is that already."""
     if value is None:
         return None
-    scalar = torch.as_tensor(value, device=device)
+    scalar = scalar_of(value, None if isinstance(value, Tensor) else torch.float64).to(device)
     return scalar if scalar.numel() == 1 and scalar.is_floating_point() else scalar.sum().double()
 
 
@@ -108,10 +109,14 @@ class LambBase(LastStep, Optimizer):
         self._step_supports_amp_scaling = True
         self._prepare_fields()
         named = params.named_parameters() if isinstance(params, nn.Module) else params
-        super().__init__(named, {**defaults, **of_rule})
+        self._constructed = False
+        super().__init__(named, options.of_optimizer({**defaults, **of_rule}))
+        self._check_groups(self.param_groups)
+        self._constructed = True
 
     def _prepare_fields(self) -> None:
         """Everything that is neither group nor state, as in a new optimizer."""
+        self._constructed = True
         self._options = GroupOptions()
         #: what captured CUDA graphs go on reading
         self._captured: list[Any] = []
@@ -132,36 +137,44 @@ class LambBase(LastStep, Optimizer):
         for name in set(rules.OPTIONS) - set(options.RULE_DEFAULTS):
             if not options.reads(rules.of(group), name):
                 group.pop(name, None)  # another rule's, from the optimizer's defaults
+        group.setdefault(SKIPPED, 0)
         self._remember_names(group)
-        try:
-            for name, p in self.named_groups()[-1]:
-                self._check_param(name, p)
-            if self._own_values_count:
-                self.refuse_zeros(-1)
-            named = self._as_given()
-            overlap = first_overlap([(name, local_of(p)) for name, p in named])
-            if overlap:
-                raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")
-            self._given.add(group["params"])
-        except Exception:
-            # A refused group must not stay behind half added.
-            del self.param_groups[-1]
-            raise
+        if self._constructed:
+            try:
+                self._check_groups([group])
+            except Exception:
+                # A refused group must not stay behind half added.
+                del self.param_groups[-1]
+                raise
 
-    def _as_given(self) -> list[tuple[str, Tensor]]:
-        """(name, param) of all groups; of the last one every name that was given, where a tied
-        param came under two."""
-        named, group = self.named_groups(), self.param_groups[-1]
-        given = group.get("param_names", ())
-        if len(given) == len(group["params"]):
-            named[-1] = list(zip(given, group["params"]))
-        return list(chain.from_iterable(named))
+    def _check_groups(self, new: Sequence[Mapping[str, Any]]) -> None:
+        """Raise where params of the last groups, ``new``, cannot be optimized."""
+        named = self.named_groups()
+        for name, p in chain.from_iterable(named[-len(new) :]):
+            self._check_param(name, p)
+        for i in range(-len(new), 0) if self._own_values_count else ():
+            self.refuse_zeros(i)
+        for i, group in enumerate(new, start=len(named) - len(new)):
+            # Every name that was given, where a tied param came under two.
+            given = group.get("param_names", ())
+            if len(given) == len(group["params"]):
+                named[i] = list(zip(given, group["params"]))
+        overlap = first_overlap([(n, local_of(p)) for n, p in chain.from_iterable(named)])
+        if overlap:
+            raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")
+        for group in new:
+            self._given.add(group["params"])
 
     def _remember_names(self, group: Mapping[str, Any]) -> None:
         for p, name in zip(group["params"], group.get("param_names", ())):
             self._named[id(p)] = (weakref.ref(p), name)
 
     def _check_param(self, name: str, p: Tensor) -> None:
+        if is_lazy(p):
+            raise RuntimeError(
+                f"{type(self).__name__} cannot optimize {name}: it has no shape yet; run the model "
+                "forward once before making the optimizer"
+            )
         reason = refusal(p)
         if reason is not None:
             raise RuntimeError(f"{type(self).__name__} cannot optimize {name}: {reason}")
@@ -274,8 +287,7 @@ class LambBase(LastStep, Optimizer):
 
         It is kept in the param groups and saved with them. Loss scaling's overflows count too.
         """
-        count = self.param_groups[0].get(SKIPPED, 0)
-        return torch.as_tensor(count, dtype=torch.int64).clone()
+        return scalar_of(self.param_groups[0].get(SKIPPED, 0), torch.int64).clone()
 
     def _skip_count(self, device: torch.device) -> Tensor:
         """The count, one tensor in all groups."""
@@ -286,7 +298,7 @@ class LambBase(LastStep, Optimizer):
         total = torch.zeros((), dtype=torch.int64, device=device)
         for count in counts:
             if count is not None:
-                count = torch.as_tensor(count).to(device, torch.int64).view(())
+                count = scalar_of(count, torch.int64).to(device).view(())
                 total = torch.maximum(total, count)
         for group in self.param_groups:
             group[SKIPPED] = total
@@ -307,7 +319,7 @@ class LambBase(LastStep, Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             of_rule = options.rule_named(group.get("rule", "lamb")).options
-            known = {**of_rule, **options.RULE_DEFAULTS, **options.TORCH_FLAGS}
+            known = {**of_rule, **options.RULE_DEFAULTS, **options.TORCH_FLAGS, SKIPPED: 0}
             for name, value in known.items():
                 group.setdefault(name, value)
         if "_options" not in self.__dict__:  # unpickled

@@ -81,11 +81,17 @@ def understood(
     for i, saved in enumerate(state_dict["param_groups"]):
         own = options.owned(own_groups[i]) if i < len(own_groups) else {}
         group = {**own, **translated(saved), **options.formats(own)}
+        options.rule_named(group.get("rule", "lamb"))
         step = group.get("step")
         if isinstance(step, (int, float, Tensor)):
             for key in group["params"]:
                 if key in state and "step" not in state[key]:
                     state[key] = {**state[key], "step": step}
+        if "rule" not in saved:
+            # Before a first step other programs hold what a first step here begins with.
+            for key in group["params"]:
+                if key in state and float(state[key].get("step", 1)) == 0:
+                    del state[key]
         groups.append(group)
     return {**state_dict, "state": state, "param_groups": groups}
 

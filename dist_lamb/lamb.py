@@ -200,15 +200,12 @@ class Lamb(LambBase):
         not of int16 remainders, which neither gloo nor NCCL sends.
         """
         packed = dict(self.state_dict())
-        # In the same order on every rank: each DTensor is a collective.
-        state = {
-            i: {
-                name: full_of(value).to("cpu", copy=True) if isinstance(value, Tensor) else value
-                for name, value in sorted(entry.items())
-            }
-            for i, entry in sorted(packed["state"].items())
-        }
-        return {**packed, "state": state}
+        own = {i: dict(entry) for i, entry in packed["state"].items() if isinstance(i, int)}
+        # In the same order on every rank, whichever came first: each DTensor is a collective.
+        for i, name in sorted((i, name) for i, entry in own.items() for name in entry):
+            if isinstance(own[i][name], Tensor):
+                own[i][name] = full_of(own[i][name]).to("cpu", copy=True)
+        return {**packed, "state": {**packed["state"], **own}}
 
     def _formats(self) -> list[Formats]:
         """By group."""
@@ -311,7 +308,9 @@ class Lamb(LambBase):
                 f"another rule than {rule.name!r}; to begin anew, drop it: del opt.state[p]"
             )
         if x.device not in self._counters:
-            self._counters[x.device] = torch.zeros(len(self._known), device=x.device)
+            self._counters[x.device] = torch.zeros(
+                len(self._known), dtype=torch.float32, device=x.device
+            )
         count_here(self._counters[x.device], i, state)
         found = {name: local_of(state[name]) for name in TENSOR_STATES if name in state}
         for name, t in found.items():

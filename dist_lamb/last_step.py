@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels.segments import GRAD_SQ, Scalars
-from .rules import Rule
+from .rules import EARLY, Rule
 
 
 class Members(NamedTuple):
@@ -85,7 +85,7 @@ class LastStep:
         last, scalars, _ = self._last or ([], None, None)
         if scalars is None or not last:
             here = next((p.device for _, p in chain.from_iterable(self.named_groups())), None)
-            return torch.zeros((), device=here)
+            return torch.zeros((), dtype=torch.float32, device=here)
         square, home = scalars.grad_sq, last[0][0]
         if square is None and not scalars.track_grad_norm:
             raise RuntimeError(
@@ -96,13 +96,17 @@ class LastStep:
             square = torch.stack([sums[:, GRAD_SQ].sum().to(home) for _, _, sums in last]).sum()
         return unscaled(square.sqrt(), scalars)
 
-    def _norms_named(self, late: str) -> dict[str, Tensor]:
-        known, ratios = self._per_param(lambda ratios, sums, scalars: sums), self.trust_ratios()
-        found = {}
-        for (name, sums), rule in zip(known.items(), self._rule_of_each()):
+    def _norms_named(self, squared: str) -> dict[str, Tensor]:
+        def early_of(ratios: Tensor, sums: Tensor, scalars: Scalars) -> Tensor:
+            return sums if scalars.early is None else scalars.early.to(sums.device)
+
+        late, ratios = self._per_param(lambda ratios, sums, scalars: sums), self.trust_ratios()
+        early, found = self._per_param(early_of), {}
+        for name, rule in zip(late, self._rule_of_each()):
             norm = torch.full_like(ratios[name], torch.nan)
-            if rule is not None and late in rule.late and sums.dim():
-                square = sums[rule.late.index(late)]
+            of, columns = (late, rule.late) if rule and squared in rule.late else (early, EARLY)
+            if rule and squared in (*rule.late, *rule.early) and of[name].dim():
+                square = of[name][columns.index(squared)]
                 norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
             found[name] = norm
         return found
@@ -132,7 +136,7 @@ class LastStep:
         if scalars is not None:
             found = {device: read(ratios, sums, scalars) for device, ratios, sums in last}
         return {
-            name: torch.full((), torch.nan, device=p.device)
+            name: torch.full((), torch.nan, dtype=torch.float32, device=p.device)
             if i is None or p.device not in found
             else found[p.device][i]
             for name, p, i in self._reported()

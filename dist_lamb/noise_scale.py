@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .base import ParamsT
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
+from .state import scalar_of, state_dtype
 
 
 class NoiseScale(NamedTuple):
@@ -130,7 +131,8 @@ class GradientNoiseScale:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"Invalid decay: {decay!r}; 0 <= decay < 1 expected")
         self._small, self._big = small_batch, big_batch
-        gradient_noise_scale(torch.zeros(()), torch.zeros(()), small_batch, big_batch)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        gradient_noise_scale(zero, zero, small_batch, big_batch)
         self._decay, self._group = decay, process_group
         self._watched: Tensor | None = None
         self._sums: Tensor | None = None
@@ -145,7 +147,8 @@ class GradientNoiseScale:
         squares: list[Tensor] = []
 
         def add(gradient: Tensor) -> None:
-            norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+            wide = state_dtype(gradient.dtype)
+            norm = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
             squares.append(norm.double().square())
 
         # They see what this backward brings, before it is added up, reduced or freed.
@@ -177,12 +180,12 @@ class GradientNoiseScale:
         comm = Comm(self._group)
         small_sq = comm.all_reduce_sum(self._watched) / comm.num_ranks
         self._watched = None
-        big_sq = torch.as_tensor(grad_norm, dtype=torch.float64).square()
+        big_sq = scalar_of(grad_norm, torch.float64).to(small_sq.device).square()
         found = gradient_noise_scale(small_sq, big_sq, self._small, self._big)
         pair = torch.stack(found)
         if self._sums is None:
-            self._sums = torch.zeros(3, device=pair.device)
-        new = torch.cat([pair, torch.ones(1, device=pair.device)])
+            self._sums = pair.new_zeros(3)
+        new = torch.cat([pair, pair.new_ones(1)])
         mixed = torch.lerp(new, self._sums, self._decay)
         self._sums = torch.where(pair.isfinite().all(), mixed, self._sums)
         return found
@@ -190,6 +193,6 @@ class GradientNoiseScale:
     def mean(self) -> NoiseScale:
         """The running means, without the start's weight on zero; NaN before the first update."""
         if self._sums is None:
-            nan = torch.full((), torch.nan)
+            nan = torch.full((), torch.nan, dtype=torch.float32, device="cpu")
             return NoiseScale(nan, nan)
         return NoiseScale(self._sums[0] / self._sums[2], self._sums[1] / self._sums[2])

@@ -86,7 +86,10 @@ class DTensorNorms:
         cuts = [tuple(self._enter(axis) for axis in cut_axes(p)) for p in params]
         groups = list(dict.fromkeys(cuts))
         self.local = not self._axes
-        self._masks = [torch.tensor([cut == group for cut in cuts]) for group in groups]
+        self._masks = [
+            torch.tensor([cut == group for cut in cuts], dtype=torch.bool, device="cpu")
+            for group in groups
+        ]
         self._masks_on: dict[torch.device, list[Tensor]] = {}
         for a, axis in enumerate(self._axes):
             axis.params = _Rows([i for i, cut in enumerate(cuts) if a in cut], len(cuts))
@@ -128,7 +131,7 @@ class _Rows:
 
     def __init__(self, rows: list[int], count: int) -> None:
         self._all = len(rows) == count
-        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor | None:

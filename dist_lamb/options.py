@@ -131,6 +131,11 @@ def neutral(name: str) -> Any:
     return 0.0 if name == "weight_decay" else RULE_DEFAULTS[name]
 
 
+def _is_neutral(name: str, value: Any) -> bool:
+    # A pair that went through JSON, or through torch's helpers, is a list.
+    return bool((tuple(value) if isinstance(value, list) else value) == neutral(name))
+
+
 def reads(rule: rules.Rule, name: str) -> bool:
     """Whether ``rule`` reads the option."""
     has_amsgrad = rules.RULES[rule.name].amsgrad is not None
@@ -150,14 +155,23 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     """
     rule = rule_named(group.get("rule", defaults["rule"]))
     for name in (*rules.OPTIONS, "amsgrad"):
-        if name in group and not reads(rule, name):
-            unused = name in RULE_DEFAULTS and group[name] == neutral(name)
-            if not unused:
-                raise ValueError(f"rule {rule.name!r} has no option {name}")
+        if name not in group or reads(rule, name):
+            continue
+        if name not in RULE_DEFAULTS or not _is_neutral(name, group[name]):
+            raise ValueError(f"rule {rule.name!r} has no option {name}")
     own: dict[str, Any] = {}
     for name, value in {**rule.options, **RULE_DEFAULTS}.items():
         own[name] = defaults.get(name, value) if reads(rule, name) else neutral(name)
     return {**own, **group, "rule": rule.name}
+
+
+def of_optimizer(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's ``defaults``: torch's schedulers cycle betas where these have any, and else
+    the momentum."""
+    rule = rule_named(defaults["rule"])
+    kept = {n: v for n, v in defaults.items() if n != "betas" or reads(rule, n)}
+    momentum = {n: v for n, v in rule.options.items() if n == "momentum"}
+    return {**momentum, **kept}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -213,7 +227,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         if group[name] is not None:
             _check_range(name, group[name])
     for name in RULE_DEFAULTS:
-        if not reads(rule, name) and group.get(name, neutral(name)) != neutral(name):
+        # torch's schedulers cycle betas in every group of an optimizer that has any.
+        if name == "betas" or reads(rule, name) or name not in group:
+            continue
+        if not _is_neutral(name, group[name]):
             raise ValueError(f"rule {rule.name!r} has no option {name}, got {group[name]!r}")
     for name, value in rule.options.items():
         if isinstance(value, float) and not (_is_number(group[name]) and group[name] >= 0.0):

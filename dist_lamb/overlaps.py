@@ -48,7 +48,7 @@ def _shared(cluster: Sequence[tuple[str, Tensor]], start: int) -> str | None:
         return None
     # One byte for each byte of the range: marked where a tensor has an element.
     ends = [t.data_ptr() - start + _nbytes(t) for _, t in cluster]
-    marks = torch.zeros(max(ends), dtype=torch.bool)
+    marks = torch.zeros(max(ends), dtype=torch.bool, device="cpu")
     owners: list[tuple[str, Tensor]] = []
     for name, t in cluster:
         size = t.element_size()

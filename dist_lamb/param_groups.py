@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 #: Regular expressions searched for in a param's name, or a predicate of (name, param).
 Selector: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool]
@@ -43,6 +44,11 @@ def param_groups(
     params = [(name, p) for name, p in named if p.requires_grad]
     if not params:
         raise ValueError("param_groups got no trainable params")
+    lazy = [name for name, p in params if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"param_groups cannot sort {lazy[0]}: it has no shape yet; run the model forward once"
+        )
     plain = _selected("no_decay", no_decay, params)
     if no_decay is None:
         plain = {name for name, p in params if len(_logical_shape(p)) < 2}

@@ -276,7 +276,7 @@ class ShardedBase(LambBase):
         """Go on from overwritten pieces, with these step counts (else 0); a collective."""
         kept, gatherer = self._build()
         for p in self.state:
-            self.state[p]["step"] = steps.get(p, torch.zeros(()))
+            self.state[p]["step"] = steps.get(p, torch.zeros((), dtype=torch.float32, device="cpu"))
         kept.arrange(self.param_groups, self.state, adopt=False)
         gatherer.gather()
         self._consolidated = None

@@ -114,7 +114,7 @@ class ShardedState:
         self._refuse_other_params(every, index)
         #: by param of the buffers, its position in the groups
         self.indices = [index[id(p)] for p in buffers.params]
-        self.counters = torch.zeros(len(every), device=buffers.device)
+        self.counters = torch.zeros(len(every), dtype=torch.float32, device=buffers.device)
         for j, p in enumerate(buffers.params):
             entry, own = state[p], buffers.local_state(j)
             if adopt:
@@ -132,8 +132,8 @@ class ShardedState:
                 raise RuntimeError(
                     f"{buffers.layout.params[j].name} has come under other formats than "
                     f"state_format={made_for.moments!r}, master={made_for.master!r}, which its "
-                    "buffers were made for: make a new ShardedLamb, and load the state dict of "
-                    "this one into it"
+                    "buffers were made for: make a new ShardedLamb of the same params first, then "
+                    "load the state dict of this one into it"
                 )
         for j, rule in enumerate(buffers.rules):
             if table.rules[self.indices[j]] is not rule:

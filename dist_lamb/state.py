@@ -82,6 +82,14 @@ def stored_dtype(name: str, saved: torch.dtype, dtype: torch.dtype) -> torch.dty
     return torch.bfloat16 if narrow and name != MASTER else wide
 
 
+def scalar_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A number as a tensor on the CPU; a tensor where it is. (``torch.as_tensor`` takes both to
+    torch's default device, if one is set.)"""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+    return value if dtype is None else value.to(dtype)
+
+
 def foreign_state(state: Iterable[str], rule: Rule) -> str | None:
     """A state among the names that ``rule`` does not have, though another one does."""
     return next((n for n in state if n in rules.STATES and n not in rule.states), None)

@@ -175,7 +175,7 @@ class Holder(nn.Module):
 def states(opt: Any) -> dict[Tensor, dict[str, Any]]:
     """{param: its whole state}, also of a ShardedLamb; a collective then."""
     every = [p for group in opt.param_groups for p in group["params"]]
-    if hasattr(opt, "full_optimizer_state_dict"):
+    if isinstance(opt, ShardedLamb):
         state = opt.full_optimizer_state_dict()["state"]
         return {p: state.get(i, {}) for i, p in enumerate(every)}
     return {p: opt.state.get(p, {}) for p in every}

@@ -142,6 +142,16 @@ BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         NOT_FLOAT + "param_2 is torch.complex128",
     ),
+    "lazy": (
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)),
+        RuntimeError,
+        r"1\.weight: it has no shape yet; run the model forward once",
+    ),
+    "lazy_groups": (
+        lambda: param_groups(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))),
+        ValueError,
+        r"cannot sort 1\.weight: it has no shape yet; run the model forward once",
+    ),
 }
 
 

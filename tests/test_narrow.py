@@ -535,6 +535,13 @@ def test_groups_of_several_formats_and_changing_them() -> None:
         if isinstance(optimizer, ShardedLamb):
             with pytest.raises(RuntimeError, match="has come under other formats than"):
                 _continued(own, optimizer, 1)
+            # As the message says: the new one first, which takes the params over.
+            every = [{**g, "params": list(g["params"])} for g in optimizer.param_groups]
+            after = ShardedLamb(every, **OPTIONS, impl="foreach")
+            after.load_state_dict(optimizer.state_dict())
+            _continued(own, after, 1)
+            assert after.state[own["fc.bias"]]["exp_avg"].dtype == torch.bfloat16
+            assert after.state[own["fc.bias"]]["step"] == 3
         else:
             before = masters(own, optimizer)["fc.bias"]
             optimizer.param_groups[1]["lr"] = 0.0

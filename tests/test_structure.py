@@ -100,3 +100,29 @@ def test_importing_it_is_cheap() -> None:
     *loaded, tensor = done.stdout.split()
     assert tensor == "False"
     assert not {"sympy", "triton", "deepspeed"} & set(loaded), loaded
+
+
+#: what makes a tensor of nothing or of numbers, and the keywords without which torch's default
+#: device and dtype decide
+FACTORIES = {
+    **{
+        n: {"device", "dtype"}
+        for n in ("zeros", "ones", "empty", "empty_strided", "full", "tensor")
+    },
+    **{n: {"device"} for n in ("arange", "as_tensor", "linspace", "rand", "randn")},
+}
+
+
+def test_no_tensor_is_made_with_a_default_device_or_dtype() -> None:
+    """``torch.set_default_device`` and ``set_default_dtype`` are the model's business."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            root, _, name = _dotted(node.func).partition(".")
+            if root == "torch" and name in FACTORIES:
+                missing = FACTORIES[name] - {keyword.arg for keyword in node.keywords}
+                if missing:
+                    found.append(f"{path.name}:{node.lineno} {name} without {sorted(missing)}")
+    assert not found, found

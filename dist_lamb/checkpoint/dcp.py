@@ -44,6 +44,7 @@ from ..state import (
     REMAINDER,
     TENSOR_STATES,
     needs_master,
+    scalar_of,
     state_dtype,
     stored_dtype,
 )
@@ -201,7 +202,7 @@ def _take_state(found: Imported, name: str, state: Mapping[str, Any]) -> None:
         isinstance(state.get(kind), Tensor) and state[kind].shape == p.shape
         for kind in RULES["lamb"].states
     )
-    step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+    step = scalar_of(state.get("step", 0.0), torch.float32)
     # load() refuses other counts: all that was imported would be lost with this one.
     counts = step.numel() == 1 and bool(0 <= step < math.inf and step == step.floor())
     if p is None or not fits or not counts:
@@ -311,7 +312,7 @@ class _Source:
         nbytes = math.prod(shape) * dtype.itemsize
         if len(shape) > 64 or nbytes > sum(info.length for info in stored):
             raise ValueError(f"{nbytes} bytes are more than the files hold")
-        whole = torch.empty(shape, dtype=dtype)
+        whole = torch.empty(shape, dtype=dtype, device="cpu")
         for (offsets, sizes), info in zip(found, stored):
             part = self._load(info, None)
             if not isinstance(part, Tensor) or (tuple(part.shape), part.dtype) != (sizes, dtype):

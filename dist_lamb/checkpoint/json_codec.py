@@ -158,7 +158,7 @@ def _decode_tensor(value: Any, _: int) -> Tensor:
         raise ValueError(f"a tensor with {len(data)} bytes, of shape {shape}")
     if len(shape) > 64 or most >= 2**62:
         raise ValueError("no tensor can have its shape")
-    t = torch.empty(shape, dtype=dtype)
+    t = torch.empty(shape, dtype=dtype, device="cpu")
     memory_of(t)[:] = data
     return t
 

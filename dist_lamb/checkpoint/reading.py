@@ -224,7 +224,7 @@ class Checkpoint:
         # Whole rows are read, and none before the first or after the last that is needed.
         first = offsets[0] * math.prod(chunk.sizes[1:]) if sizes else 0
         with self._opened(chunk.file) as file:
-            box = torch.empty(rows, dtype=dtype)
+            box = torch.empty(rows, dtype=dtype, device="cpu")
             file.seek(chunk.at + first * dtype.itemsize)
             rest = memory_of(box)
             while len(rest):  # a system call moves 2 GiB at most
@@ -256,7 +256,7 @@ class Checkpoint:
         # Before there is memory for all of it.
         for name in sorted({c.file for c, _, _ in parts}):
             self._check_size(name)
-        region = torch.empty(tuple(sizes), dtype=entry.dtype)
+        region = torch.empty(tuple(sizes), dtype=entry.dtype, device="cpu")
         missing = region.numel()
         for c, start, n in parts:
             box = region[tuple(slice(a - o, a - o + k) for a, o, k in zip(start, offsets, n))]

@@ -26,7 +26,7 @@ def to_save(rank: int, world_size: int, device: torch.device) -> Fragment:
     if "numpy" in sys.modules:
         algorithm, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = [algorithm, keys.tolist(), *rest]
-    row = torch.full((_ROW_NBYTES,), ord(" "), dtype=torch.uint8)
+    row = torch.full((_ROW_NBYTES,), ord(" "), dtype=torch.uint8, device="cpu")
     text = json.dumps(encode(state, "rng")).encode()
     memory_of(row)[: len(text)] = text
     return Fragment((world_size, _ROW_NBYTES), (_ROW_NBYTES, 1), rank * _ROW_NBYTES, row)

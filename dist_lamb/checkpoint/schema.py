@@ -37,6 +37,7 @@ from ..state import (
     REMAINDER,
     TENSOR_STATES,
     Formats,
+    scalar_of,
     state_like,
     states_of,
     stored_dtype,
@@ -130,7 +131,7 @@ def tensors_to_save(names: Names, optimizer: LambBase | None) -> dict[str, Any]:
         for state_name, value in optimizer.state.get(p, {}).items():
             key = f"optimizer.{name}.{state_name}"
             if state_name == "step":
-                tensors[key] = torch.as_tensor(value, dtype=torch.float32).detach()
+                tensors[key] = scalar_of(value, torch.float32).detach()
             elif state_name not in TENSOR_STATES:
                 raise CheckpointError(f"{key} is no state of LAMB")
             elif p in pieces and p.numel():
@@ -235,7 +236,7 @@ def check_groups(
 def _equal(a: Any, b: Any) -> bool:
     try:
         if isinstance(a, Tensor) or isinstance(b, Tensor):
-            return bool(torch.equal(torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()))
+            return bool(torch.equal(scalar_of(a).cpu(), scalar_of(b).cpu()))
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
             return tuple(a) == tuple(b)
         return bool(a == b)
@@ -270,9 +271,9 @@ def group_values(
 def _check_schedule(group: Mapping[str, Any]) -> None:
     """What a schedule and the optimizer itself keep in a group; raises ``ValueError``."""
     initial = group.get("initial_lr", 0.0)
-    if not math.isfinite(torch.as_tensor(initial).item()):
+    if not math.isfinite(scalar_of(initial).item()):
         raise ValueError(f"Invalid initial_lr: {initial!r}")
-    skipped = torch.as_tensor(group.get(SKIPPED, 0))
+    skipped = scalar_of(group.get(SKIPPED, 0))
     if skipped.is_floating_point() or skipped.item() < 0:
         raise ValueError(f"Invalid {SKIPPED}: {skipped!r}")
 
@@ -280,7 +281,7 @@ def _check_schedule(group: Mapping[str, Any]) -> None:
 def _value_for(own: Any, value: Any) -> Any:
     # A tensor in the group is overwritten, not replaced; else a copy, since the optimizer changes
     # tensors in place, and the checkpoint keeps its own.
-    return torch.as_tensor(value).item() if isinstance(own, Tensor) else copy.deepcopy(value)
+    return scalar_of(value).item() if isinstance(own, Tensor) else copy.deepcopy(value)
 
 
 def apply_groups(values: list[dict[str, Any]], optimizer: LambBase) -> None:
@@ -363,7 +364,7 @@ class Targets:
             target: Any
             if p in self._pieces:
                 piece = self._pieces[p]
-                target = torch.empty(p.shape, dtype=saved_dtype)
+                target = torch.empty(p.shape, dtype=saved_dtype, device="cpu")
                 if p.numel():
                     target = _fragment(piece, state_name)
                     if (saved_name, saved_dtype) != (state_name, dtype):

@@ -271,7 +271,7 @@ def stage(tensors: dict[str, Any], buffer: Tensor | None) -> Staged:
         starts[key] = end
         end += -(-t.nbytes // ALIGNMENT) * ALIGNMENT
     if buffer is None or buffer.numel() < end or (on_gpu and not buffer.is_pinned()):
-        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+        buffer = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
     copies: dict[str, Any] = {}
     with torch.no_grad():
         for key, t in local.items():

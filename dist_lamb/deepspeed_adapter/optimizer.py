@@ -18,7 +18,7 @@ from ..kernels.segments import GRAD_SQ
 from ..last_step import Read
 from ..param_groups import without_decay_1d
 from ..sharding.comm import Comm
-from ..state import TENSOR_STATES, Formats
+from ..state import TENSOR_STATES, Formats, scalar_of
 from .arrivals import Arrivals
 from .clipping import BOTH_CLIP, grad_norm_of
 from .layouts import Original, find_layouts, logical_shape
@@ -103,7 +103,7 @@ class DeepSpeedLamb(LambBase):
         self._starts.append(len(self._originals))
         # Saved with the group: DeepSpeed's loaders mix groups up, or change the ranks.
         group["group_index"] = i
-        group["param_steps"] = torch.zeros(len(group["params"]))
+        group["param_steps"] = torch.zeros(len(group["params"]), dtype=torch.float32, device="cpu")
         self._options_of[i] = options.owned(group)
         self._steps_taken = None
         self._steps_of.clear()
@@ -203,14 +203,14 @@ class DeepSpeedLamb(LambBase):
         first = {o.number for o in part.originals}
         for i, group in live.items():
             if self._starts[i] in first:
-                count = torch.as_tensor(group.get(SKIPPED, 0), dtype=torch.int64)
+                count = scalar_of(group.get(SKIPPED, 0), torch.int64)
                 group[SKIPPED] = count.to(overflow.device) + (overflow > 0).view(())
 
     def skipped_steps(self) -> Tensor:
         """As :meth:`dist_lamb.Lamb.skipped_steps`."""
-        counts = [torch.as_tensor(g[SKIPPED]) for g in self.param_groups if SKIPPED in g]
+        counts = [scalar_of(g[SKIPPED]) for g in self.param_groups if SKIPPED in g]
         if not counts:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack([c.to(counts[0].device) for c in counts]).amax()
 
     def _find_steps(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[PartitionStep]:
@@ -304,7 +304,9 @@ class DeepSpeedLamb(LambBase):
         """float32 [originals], the params' step counts; taken over from what was loaded."""
         device = parts[0].device
         if self._steps_taken is None or self._steps_taken.device != device:
-            self._steps_taken = torch.zeros(len(self._originals), device=device)
+            self._steps_taken = torch.zeros(
+                len(self._originals), dtype=torch.float32, device=device
+            )
             self._shown = {}
         for group in groups:
             i = group["group_index"]
@@ -348,7 +350,7 @@ class DeepSpeedLamb(LambBase):
         for o in self._originals:
             part, k = self._stepped_by.get(o.number, (None, 0))
             if part is None or part.last is None:
-                found[o.name] = torch.tensor(torch.nan)
+                found[o.name] = torch.tensor(torch.nan, dtype=torch.float32, device="cpu")
                 continue
             if part not in of:
                 of[part] = read(*part.last)
@@ -375,7 +377,7 @@ class DeepSpeedLamb(LambBase):
                 square = square if inverse is None else square * inverse * inverse
                 squares.append(square.to(squares[0].device if squares else square.device))
         if not squares:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         return torch.stack(squares).sum().sqrt().float()
 
     def full_optimizer_state_dict(self) -> dict[str, Any]:

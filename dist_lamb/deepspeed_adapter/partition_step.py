@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import step
 from ..elements import Elements
 from ..kernels import Update, make_update
+from ..kernels.device import int64
 from ..kernels.groups import GroupOptions, GroupTable
 from ..kernels.segments import UPDATED, Scalars, Segment
 from ..norms import add_up
@@ -26,6 +27,7 @@ from ..state import (
     flat_row,
     needs_master,
     refresh_master,
+    scalar_of,
 )
 from .arrivals import Arrivals
 from .layouts import (
@@ -63,7 +65,7 @@ class PartitionStep:
         self._agree(every)
         self._versions = self._seen_versions()
         self._at = {o.number: k for k, o in enumerate(self.originals)}
-        self._index = torch.tensor([o.number for o in self.originals], device=self.device)
+        self._index = int64([o.number for o in self.originals]).to(self.device)
         self._cuts = [_cuts(layout, t) for layout, t in zip(layouts, partitions)]
         self._span_params = [self._at[s.original] for lay in layouts for s in lay.spans]
         self._norms = _PartitionNorms(self._comm, layouts[0].cut, self.originals[0].param.device)
@@ -76,7 +78,7 @@ class PartitionStep:
         self._formats = {i: formats_of[i] for i in self.group_indices}
         numels = [logical_numel(o.param) for o in self.originals]
         self._groups = GroupTable(self.device, self._rules, group_of, numels, keep=[])
-        self._counters = torch.zeros(len(self.originals), device=self.device)
+        self._counters = torch.zeros(len(self.originals), dtype=torch.float32, device=self.device)
         #: (addresses and dtypes of everything, segments without gradients, their update)
         self._kept: tuple[Any, list[Segment], Update] | None = None
         #: of the last step: trust ratios, sums, scalars
@@ -316,7 +318,7 @@ class _PartitionNorms:
         self.local = False
         self.settled = True
         #: bool [params], of the last step: on some rank the param had a gradient
-        self.updated = torch.empty(0, dtype=torch.bool)
+        self.updated = torch.empty(0, dtype=torch.bool, device="cpu")
 
     def prepare(self, present: Tensor | None, grad_norm: Any) -> None:
         """For one step: which params have a gradient on this rank, float64 [params] (None: all),
@@ -345,7 +347,7 @@ class _PartitionNorms:
         if self._cut:
             sums, early = add_up(self._add, sums, early)
         if self._grad_norm is not None:
-            sums[0] = torch.as_tensor(self._grad_norm, dtype=torch.float64) ** 2
+            sums[0] = scalar_of(self._grad_norm, torch.float64) ** 2
         return sums, early
 
     def _add(self, t: Tensor) -> Tensor:

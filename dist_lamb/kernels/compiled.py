@@ -120,7 +120,7 @@ class _Cut:
             numel = block.x.numel()
             whole = numel - numel % ROW_NUMEL if numel >= SMALL_NUMEL else 0
             if whole:
-                index = torch.full((whole // ROW_NUMEL,), k, device=work.device)
+                index = torch.full((whole // ROW_NUMEL,), k, dtype=torch.int64, device=work.device)
                 tiles = block.map(partial(_tiles, numel=whole))
                 if block.places is not None:
                     places = block.places.repeat(len(index), 1)

@@ -20,7 +20,7 @@ def upload(t: Tensor, device: torch.device, keep: list[Any], out: Tensor | None 
     """
     if device.type == "cpu":
         return t.clone() if out is None else out.copy_(t)
-    pinned = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+    pinned = torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t)
     if out is None:
         out = torch.empty(t.shape, dtype=t.dtype, device=device)
     out.copy_(pinned, non_blocking=True)
@@ -31,10 +31,11 @@ def upload(t: Tensor, device: torch.device, keep: list[Any], out: Tensor | None 
 
 def mask_of(positions: Iterable[int], count: int, device: torch.device, keep: list[Any]) -> Tensor:
     """bool [count] on ``device``, True at ``positions``; else as :func:`upload`."""
-    mask = torch.zeros(count, dtype=torch.bool)
+    mask = torch.zeros(count, dtype=torch.bool, device="cpu")
     mask[list(positions)] = True
     return upload(mask, device, keep)
 
 
 def int64(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    """On the host, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -22,7 +22,7 @@ from ..rules import EARLY, Rule
 from ..rules.trust import clip_coefficient
 from ..state import flat_row
 from . import backend_for
-from .device import mask_of
+from .device import int64, mask_of
 from .groups import GroupTable, Row
 from .segments import GRAD_SQ, UPDATED, Scalars, Segment, places_of
 from .sweeps import SQUARES, Numbers, Sweep, early_sweep, only_where, rule_sweep
@@ -37,7 +37,7 @@ class RowMap:
     def __init__(
         self, blocks: Sequence[Sequence[int]], num_params: int, device: torch.device
     ) -> None:
-        flat = torch.tensor([k for block in blocks for k in block], dtype=torch.int64)
+        flat = int64([k for block in blocks for k in block])
         self.num_params = num_params
         #: int64 [rows], the param of each row
         self.index = flat.to(device)
@@ -46,7 +46,7 @@ class RowMap:
         self.indices = list(torch.split(self.index, self.sizes))
         self._subsets: dict[tuple[int, ...], RowMap] = {}
         order = torch.argsort(flat, stable=True)
-        sorted_already = bool((order == torch.arange(len(flat))).all())
+        sorted_already = bool((order == torch.arange(len(flat), device="cpu")).all())
         self._order = None if sorted_already else order.to(device)
         self._lengths = torch.bincount(flat, minlength=num_params).to(device)
         #: (block, first row, end row, param): maximal runs of rows of one param

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import storage_formats as formats
 from . import stored
+from .device import int64
 from .eager import Work
 from .segments import Segment
 from .sweeps import Numbers, Sweep, product_sum, products
@@ -165,7 +166,7 @@ class _Columns:
                 yield list(chosen)
             else:
                 each = tensor[[r.start for r in batch.rows]]
-                yield TensorList([each.repeat_interleave(torch.tensor(batch.lengths))[None]])
+                yield TensorList([each.repeat_interleave(int64(batch.lengths))[None]])
 
 
 def _add_products(
@@ -176,7 +177,7 @@ def _add_products(
         for r, a, b in zip(batch.rows, some, other):
             out[r] += product_sum(a, b)
     else:
-        lengths = torch.tensor(batch.lengths)
+        lengths = int64(batch.lengths)
         each = products(some[0], other[0])[0]
         sums = torch.segment_reduce(each, "sum", lengths=lengths, unsafe=True, initial=0)
         out[[r.start for r in batch.rows]] += sums
@@ -217,7 +218,7 @@ def _random(batch: _Batch, t: Tensor | None) -> list[Callable[[], Tensor]]:
     if batch.lengths is None:
         steps = [t[r, None] for r in batch.rows]
         return [stored.random_of(n, own) for n, own in zip(numbers, steps)]
-    of_each = t[[r.start for r in batch.rows]].repeat_interleave(torch.tensor(batch.lengths))
+    of_each = t[[r.start for r in batch.rows]].repeat_interleave(int64(batch.lengths))
     return [stored.random_of(torch.cat(numbers, dim=1), of_each[None])]
 
 

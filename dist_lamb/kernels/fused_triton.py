@@ -89,7 +89,7 @@ class TritonUpdate:
         self.sums = torch.zeros(num_params, groups.columns, dtype=torch.float64, device=device)
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
         assert int(SHRINK) + 1 + rule.num_directions + len(rule.idle) <= int(STEP_COLUMNS)
-        self._steps = torch.empty(num_params, int(STEP_COLUMNS), device=device)
+        self._steps = torch.empty(num_params, int(STEP_COLUMNS), dtype=torch.float32, device=device)
         self._grad_partials: Tensor | None = None
         # A gradient that is not there yet will come in the dtype of its param.
         like = [next(t for t in (s.grad, s.copy, s.x) if t is not None) for s in segments]
@@ -133,8 +133,8 @@ class TritonUpdate:
         blocks = of_size[any(s.narrow for s in segments)]
         counts = -(-numel // (blocks * BLOCK))
         self._num_chunks = int(counts.sum())
-        segment = torch.arange(len(segments)).repeat_interleave(counts)
-        within = torch.arange(self._num_chunks) - (counts.cumsum(0) - counts)[segment]
+        segment = torch.arange(len(segments), device="cpu").repeat_interleave(counts)
+        within = torch.arange(self._num_chunks, device="cpu") - (counts.cumsum(0) - counts)[segment]
         rest = numel[segment] - within * (blocks * BLOCK)
         owner = param[segment]
         chunks = [segment, owner, groups[owner], within * blocks, rest.clamp(max=blocks * BLOCK)]

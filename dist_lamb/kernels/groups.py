@@ -134,10 +134,10 @@ class GroupTable:
     def of(self, current: GroupOptions) -> Tensor:
         rows = [self._row(i, row, current) for i, row in enumerate(current.rows)]
         if self._table is None or rows != self._rows:
-            table = torch.zeros(len(rows), GROUP_COLUMNS, dtype=torch.float64)
+            table = torch.zeros(len(rows), GROUP_COLUMNS, dtype=torch.float64, device="cpu")
             for i, (row, address, dtype) in enumerate(rows):
                 numbers = [row.sign, row.max_grad_norm, 0.0, 0.0, *row.h]
-                table[i, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+                table[i, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
                 table.view(torch.int64)[i, LR_ADDRESS:LR] = int64([address, dtype])
             self._table = upload(table, self.device, self._keep)
             self._rows = rows

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..elements import Elements
 from ..rules import Rule
 from ..state import MASTER, REMAINDER, Formats
+from .device import int64
 from .groups import GroupOptions
 
 #: Last columns of the sums that ``moments`` makes, float64 [params, columns]: squares of the
@@ -99,8 +100,8 @@ def moved(places: Tensor, dim: int, at: int, n: int) -> Tensor:
 
 def places_of(elements: Elements, dims: int, rows: int, columns: int) -> Tensor:
     """Of a piece's memory as a matrix [rows, columns]."""
-    places = torch.tensor([elements.row(dims)]).repeat(rows, 1)
-    places[:, 0] += torch.arange(rows) * columns
+    places = int64([elements.row(dims)]).repeat(rows, 1)
+    places[:, 0] += torch.arange(rows, device="cpu") * columns
     return places
 
 

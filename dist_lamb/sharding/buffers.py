@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..elements import Elements
+from ..kernels.device import int64
 from ..kernels.segments import Segment, segment
 from ..rules import RULES, Rule
 from ..state import (
@@ -332,7 +333,7 @@ class FlatBuffers:
             for kind, bank in self.banks.items():
                 mine = [e for e in self._extents if self._kind(e.bucket) == kind]
                 rows = [rows_of(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
-                of, row = (torch.tensor(v).to(self.device) for v in ([e.param for e in mine], rows))
+                of, row = (int64(v).to(self.device) for v in ([e.param for e in mine], rows))
                 self._first_tiles.append((of.long(), bank.grads, row.long() // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
         for params, grads, at in self._first_tiles:

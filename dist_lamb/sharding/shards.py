@@ -13,7 +13,9 @@ from .layout import TILE, Extent, ParamSpec
 
 def spec_of(name: str, p: Tensor) -> ParamSpec:
     """Params keep their memory format in the buffer (channels_last stays so); gaps are closed."""
-    stride = p.stride() if is_dense(p) else torch.empty(p.shape, device="meta").stride()
+    stride = (
+        p.stride() if is_dense(p) else torch.empty(p.shape, dtype=p.dtype, device="meta").stride()
+    )
     return ParamSpec(name=name, shape=tuple(p.shape), stride=tuple(stride), dtype=str(p.dtype))
 
 
