@@ -81,7 +81,9 @@ def understood(
     for i, saved in enumerate(state_dict["param_groups"]):
         own = options.owned(own_groups[i]) if i < len(own_groups) else {}
         group = {**own, **translated(saved), **options.formats(own)}
-        options.rule_named(group.get("rule", "lamb"))
+        rule = options.rule_named(group.get("rule", "lamb"))
+        if "betas" in group and not options.reads(rule, "betas"):
+            group["betas"] = options.neutral("betas")  # a schedule may have cycled them
         step = group.get("step")
         if isinstance(step, (int, float, Tensor)):
             for key in group["params"]:
