@@ -41,7 +41,6 @@ def _stepped(model: nn.Module, optimizer: Any, value: float = 0.1) -> Any:
 
 VARIANTS: list[dict[str, Any]] = [
     {"impl": "foreach"},
-    {"impl": "compiled"},
     {"impl": "reference", "rule": "lars"},
     {
         "impl": "foreach",
