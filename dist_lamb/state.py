@@ -83,9 +83,13 @@ def stored_dtype(name: str, saved: torch.dtype, dtype: torch.dtype) -> torch.dty
 
 
 def scalar_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A number as a tensor on the CPU; a tensor where it is. (``torch.as_tensor`` takes both to
-    torch's default device, if one is set.)"""
+    """A number as a tensor on the CPU, a float as float32; a tensor where it is.
+
+    ``torch.as_tensor`` takes both to torch's default device, if one is set, and a float to torch's
+    default dtype.
+    """
     if not isinstance(value, Tensor):
+        dtype = torch.float32 if dtype is None and isinstance(value, float) else dtype
         return torch.tensor(value, dtype=dtype, device="cpu")
     return value if dtype is None else value.to(dtype)
 

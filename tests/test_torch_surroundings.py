@@ -93,6 +93,17 @@ def test_defaults_leave_no_trace(
         assert_same(other, found[0])
 
 
+def test_a_loaded_lr_keeps_its_digits(defaults: None, tmp_path: Any) -> None:
+    """A number that is written into a tensor goes through no bfloat16."""
+    model = nn.Linear(3, 3)
+    optimizer = _stepped(model, Lamb(model, lr=1.2345e-3))
+    into = Lamb(model, lr=torch.tensor(0.1))
+    checkpoint.save(tmp_path, 1, model, optimizer)
+    torch.set_default_dtype(torch.bfloat16)
+    checkpoint.load(tmp_path, model, into)
+    assert float(into.param_groups[0]["lr"]) == float(torch.tensor(1.2345e-3, dtype=torch.float32))
+
+
 def test_noise_scale_under_other_defaults(defaults: None) -> None:
     """And of float64 gradients."""
     for dtype in (torch.float32, torch.float64):
