@@ -109,14 +109,15 @@ class LambBase(LastStep, Optimizer):
         self._step_supports_amp_scaling = True
         self._prepare_fields()
         named = params.named_parameters() if isinstance(params, nn.Module) else params
-        self._constructed = False
+        self._ready = False
         super().__init__(named, options.of_optimizer({**defaults, **of_rule}))
         self._check_groups(self.param_groups)
-        self._constructed = True
+        self._ready = True
 
     def _prepare_fields(self) -> None:
         """Everything that is neither group nor state, as in a new optimizer."""
-        self._constructed = True
+        #: whether the groups of the constructor are all there, and checked
+        self._ready = True
         self._options = GroupOptions()
         #: what captured CUDA graphs go on reading
         self._captured: list[Any] = []
@@ -139,7 +140,7 @@ class LambBase(LastStep, Optimizer):
                 group.pop(name, None)  # another rule's, from the optimizer's defaults
         group.setdefault(SKIPPED, 0)
         self._remember_names(group)
-        if self._constructed:
+        if self._ready:
             try:
                 self._check_groups([group])
             except Exception:
@@ -297,7 +298,8 @@ class LambBase(LastStep, Optimizer):
             return first
         total = torch.zeros((), dtype=torch.int64, device=device)
         for count in counts:
-            if count is not None:
+            # To bring a 0 to the device would be a copy from the host, which no CUDA graph takes.
+            if isinstance(count, Tensor) or count:
                 count = scalar_of(count, torch.int64).to(device).view(())
                 total = torch.maximum(total, count)
         for group in self.param_groups:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .kernels.device import int64
 from .sharding.comm import Comm
 from .sharding.dtensors import Axis, cut_axes
 
@@ -131,7 +132,7 @@ class _Rows:
 
     def __init__(self, rows: list[int], count: int) -> None:
         self._all = len(rows) == count
-        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self._rows = int64(rows)
         self._on: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor | None:

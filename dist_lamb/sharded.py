@@ -154,7 +154,6 @@ class ShardedLamb(ShardedBase):
         self._replaced = self._looked = False
         self._kept = self._reducer = self._gatherer = self._order = self._consolidated = None
         self._handles, self._output_handle = Handles(), Handles()
-        self._ready = False
         super().__init__(
             params, lr, betas, eps, weight_decay, grad_averaging=grad_averaging,
             bias_correction=bias_correction, decoupled=decoupled, max_grad_norm=max_grad_norm,
@@ -183,7 +182,6 @@ class ShardedLamb(ShardedBase):
                 hooked: Any = p
                 handle = hooked.register_post_accumulate_grad_hook(Hook(self._note_use, i))
                 self._handles.append(handle)
-        self._ready = True
 
     # --- construction ----------------------------------------------------------------------------
 

@@ -40,8 +40,6 @@ class ShardedBase(LambBase):
     #: params in the order of first arrival, for as long as there are no buffers
     _used: dict[int, None]
     _numbered: list[Tensor]
-    #: whether all that was made
-    _ready: bool
     #: whether a step has looked at params that it cannot take
     _looked: bool
     #: whether a newer optimizer has the params

@@ -334,7 +334,7 @@ class FlatBuffers:
                 mine = [e for e in self._extents if self._kind(e.bucket) == kind]
                 rows = [rows_of(self.shards[e.bucket].grads, e).storage_offset() for e in mine]
                 of, row = (int64(v).to(self.device) for v in ([e.param for e in mine], rows))
-                self._first_tiles.append((of.long(), bank.grads, row.long() // TILE))
+                self._first_tiles.append((of, bank.grads, row // TILE))
         found = torch.zeros(len(self.params), dtype=torch.bool, device=self.device)
         for params, grads, at in self._first_tiles:
             first = grads[at, 0]
