@@ -445,6 +445,15 @@ def test_the_mode_is_what_was_measured(tmp_path: Path) -> None:
     assert best_mode(path) == "graph"
 
 
+def test_a_report_before_any_sweep_is_done(tmp_path: Path) -> None:
+    """The first rows of a run that was stopped: no basin says yet how far up to draw."""
+    rows = (ROOT / "launch" / "results" / "study.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "study.csv").write_text("\n".join([*rows[:4], ""]), encoding="utf-8")
+    config = str(ROOT / "configs" / "study_large_batch.toml")
+    assert study.main(["report", config, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "study_basins_decoder.png").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "folder"), [("study_large_batch", "."), ("study_narrow", "narrow")]
 )

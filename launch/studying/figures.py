@@ -82,12 +82,12 @@ def _basins(
     finite = [row.loss for row in rows if math.isfinite(row.loss)]
     unigram, low = rows[0].unigram_loss, min(finite)
     # As high as the best of every basin, and a little above it.
-    near = max(of.best.mean for of in own.values() if of.swept) + 0.25
+    near = max((of.best.mean for of in own.values() if of.swept), default=low) + 0.25
     count = len(config.batches)
+    size = 4 * count, 7
     figure, grid = plt.subplots(
-        2, count, figsize=(4 * count, 7), sharex="col", sharey="row", layout="constrained"
+        2, count, figsize=size, sharex="col", sharey="row", squeeze=False, layout="constrained"
     )
-    grid = grid.reshape(2, count)
     figure.suptitle(f"{architecture}: held-out loss against lr")
     for line, high in zip(grid, (min(max(finite), unigram + 0.3) + 0.1, near)):
         line[0].set_ylim(low - 0.1 * (high - low), high)

@@ -31,22 +31,21 @@ def write(
     path = to / TEXT
     above = path.read_text(encoding="utf-8").split(HEADING)[0] if path.exists() else ""
     parts = [above + HEADING + "\n", _hardware(config, results)]
+    several = len(config.batches) > 1
+    four = f"The cell of four times the base batch ({4 * config.base_batch})"
+    # In the order that a reader asks: transfer, tuned, what else was varied, what it saves.
     sections: list[tuple[str, str]] = [
         ("What the numbers say of the hypotheses", "\n".join(tables.verdicts(config, cells))),
+        (four, tables.four_times_table(config, cells) if several else ""),
         ("All cells: best and transferred lr", _LEGEND + tables.cells_table(config, cells)),
         ("Tuned: the difference to the first rule", tables.difference_table(config, cells)),
+        ("Warm-up at the largest batch", tables.warmups_table(config, results) if several else ""),
         ("Runs that diverged + runs that got stuck", tables.failures_table(config, results)),
+        ("Steps", _steps(config, results) if several else ""),
         ("Wall clock", _wall_clock(source / calibrate.FILE)),
         ("Figures", "\n\n".join(f"![]({p.name})" for p in drawn)),
         ("Not run", "\n".join(tables.missing_lines(config, results) or ["Nothing is missing."])),
     ]
-    if len(config.batches) > 1:
-        # In the order that a reader asks: transfer, tuned, what else was varied, what it saves.
-        four = f"The cell of four times the base batch ({4 * config.base_batch})"
-        sections.insert(1, (four, tables.four_times_table(config, cells)))
-        warm_up = ("Warm-up at the largest batch", tables.warmups_table(config, results))
-        sections.insert(4, warm_up)
-        sections.insert(6, ("Steps", _steps(config, results)))
     parts += [f"### {title}\n\n{body.strip()}\n" for title, body in sections if body.strip()]
     path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     say(f"wrote {path}")

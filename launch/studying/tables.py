@@ -88,8 +88,8 @@ def found(
     moved = None
     if base_lr is not None:
         moved = point(cell, float(f"{config.transferred_lr(base_lr, batch):.6g}"), results)
-    known = sides(config, rows), swept(config, cell, results)
-    return Found(cell, best, moved, len(rows), *known)
+    done = swept(config, cell, results)
+    return Found(cell, best, moved, len(rows), sides(config, rows), done)
 
 
 def everything(config: StudyConfig, results: Results) -> dict[tuple[str, str, int], Found]:
