@@ -95,7 +95,7 @@ class Case:
             optimizer.step()
             for name, ratio in optimizer.trust_ratios().items():
                 found[f"{t} {name} ratio"] = ratio.clone()
-        full = getattr(optimizer, "full_optimizer_state_dict", optimizer.state_dict)()
+        full = optimizer.full_optimizer_state_dict()
         for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             found[f"{i} param"] = p.detach().clone()
             for name, value in full["state"].get(i, {}).items():

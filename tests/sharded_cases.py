@@ -30,7 +30,7 @@ def train(
 
 def state_of(optimizer: Any) -> dict[str, Tensor]:
     """Whole state tensors, by '<param> <state>'."""
-    full = getattr(optimizer, "full_optimizer_state_dict", optimizer.state_dict)()
+    full = optimizer.full_optimizer_state_dict()
     names = [n for group in full["param_groups"] for n in group["param_names"]]
     ids = [i for group in full["param_groups"] for i in group["params"]]
     return {

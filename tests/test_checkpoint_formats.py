@@ -50,7 +50,7 @@ def described(t: Tensor) -> list[Any]:
 
 def found_in(net: nn.Module, optimizer: Any) -> dict[str, list[Any]]:
     found = {f"model.{name}": described(t) for name, t in net.state_dict().items()}
-    full = getattr(optimizer, "full_optimizer_state_dict", optimizer.state_dict)()
+    full = optimizer.full_optimizer_state_dict()
     names = [n for group in full["param_groups"] for n in group["param_names"]]
     ids = [i for group in full["param_groups"] for i in group["params"]]
     for name, i in zip(names, ids):

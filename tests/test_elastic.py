@@ -220,7 +220,6 @@ def test_restarts_that_would_start_over_are_refused(
 
 
 def test_a_kill(tmp_path: Path) -> None:
-    # A step takes 27 ms on a quiet machine, every second one saves: the kill comes before the end.
     counts = soak_kill.soak(tmp_path, kills=1, steps=50, within=0.2, first_saved=True)
     print(counts)
     assert not counts.lost, (tmp_path / "killed.log").read_text()[-4000:]

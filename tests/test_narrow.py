@@ -356,8 +356,7 @@ def _meshes() -> list[str]:
 
 
 def whole_of(t: Tensor) -> Tensor:
-    t = t.detach()
-    return (full_of(t) if isinstance(t, DTensor) else t).clone()
+    return full_of(t.detach()).clone()
 
 
 def _ranks(rank: int, world: int) -> tuple[dict[int, Any], list[str]]:

@@ -4,8 +4,8 @@
 
 Runs the job once undisturbed, then under ``torchrun --max-restarts`` while one rank after another
 is killed, and compares the two logs. Half way a second job is started on the same folder, as by
-mistake, while the kills go on: it must be refused. Prints its counts and ends with status 1 if
-anything was lost.
+mistake, while the kills go on: it must be refused. The last step waits for that. Prints its counts
+and ends with status 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ device = "cpu"
 log_every = 10
 eval_sequences = 16
 save_every = 2
+"""
+
+# Else a run of few steps may be over before the second job has looked at its folder.
+HELD = """
+import os, sys, time
+import pretrain
+
+step = pretrain._Loop.step
+def held(self, number):
+    while number == self._config.train.steps and not os.path.exists({go!r}):
+        time.sleep(0.05)
+    return step(self, number)
+pretrain._Loop.step = held
+pretrain.main(sys.argv[1:])
 """
 
 
@@ -230,8 +244,11 @@ def soak(
         raise RuntimeError(calm.stdout)
     say(f"undisturbed: {time.monotonic() - began:.0f} s")
 
-    saves = folder / "killed" / "checkpoints"
-    job, intruder = Job(config, folder / "killed", ranks, max_restarts=2 * kills + 10), None
+    saves, go = folder / "killed" / "checkpoints", folder / "go"
+    script = folder / "held_pretrain.py"
+    script.write_text(HELD.format(go=str(go)))
+    restarts = 2 * kills + 10
+    job, intruder = Job(config, folder / "killed", ranks, restarts, script=script), None
     try:
         before = 0  # the checkpoint that was there when a rank was killed
         while counts.kills < kills:
@@ -270,15 +287,16 @@ def soak(
                 intruder = Job(config, folder / "killed", 1, max_restarts=0)
             if counts.kills % 10 < 2:
                 say(f"{time.monotonic() - began:.0f} s, at step {before}: {counts}", flush=True)
+        if intruder is not None:
+            refused = intruder.until(r"train\.run_dir: .* writes here; stop it, or", timeout=300)
+            counts.refused += bool(refused) and intruder.process.wait(60) != 0
+            (folder / "intruder.log").write_text("".join(intruder.printed))
+        go.touch()
         # The last restart counts as well; then on to the end.
         while (match := job.until(r"resumed at step (\d+),", timeout=1800)) is not None:
             counts.restarts += 1
             counts.stepped_back += int(match[1]) < before
         counts.status = job.process.wait(60)
-        if intruder is not None:
-            refused = intruder.until(r"train\.run_dir: .* writes here; stop it, or", timeout=300)
-            counts.refused += bool(refused) and intruder.process.wait(60) != 0
-            (folder / "intruder.log").write_text("".join(intruder.printed))
     finally:
         for each in (job, intruder):
             if each is not None:
