@@ -102,7 +102,7 @@ class DTensorNorms:
 
     def _enter(self, axis: Axis) -> int:
         for a, known in enumerate(self._axes):
-            if known.group is axis.group:
+            if known.comm.group is axis.group:
                 return a
         self._axes.append(_AxisSum(axis))
         return len(self._axes) - 1
@@ -150,8 +150,7 @@ class _AxisSum:
     groups: _Rows  # reduction groups of such params, and the flag
 
     def __init__(self, axis: Axis) -> None:
-        self.group, self._device_type = axis.group, axis.device_type
-        self._comm = Comm.along(axis.group)
+        self.comm, self._device_type = Comm.along(axis.group), axis.device_type
 
     def add_up(
         self, sums: Tensor, rows: _Rows, early: Tensor | None = None
@@ -178,4 +177,4 @@ class _AxisSum:
         if home.type != self._device_type:
             # Offloaded params are on the CPU, and NCCL adds up on the GPU only.
             mine = mine.to(self._device_type)
-        return self._comm.all_reduce_sum(mine).to(home)
+        return self.comm.all_reduce_sum(mine).to(home)

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dist_lamb import ShardedLamb
+from dist_lamb import ShardedLamb, checkpoint
 from dist_lamb.sharding.comm import Comm, DeviceMesh
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -171,3 +171,38 @@ def test_without_other_ranks_everything_is_local() -> None:
     assert comm.gather_objects("here") == ["here"]
     assert comm.from_first(3) == 3
     comm.require_same("things", [1], torch.device("cpu"))
+
+
+def _threads_of_gloo() -> list[str]:
+    tasks = Path("/proc/self/task").iterdir()
+    return [name for t in tasks if "gloo" in (name := (t / "comm").read_text().strip())]
+
+
+def _destroyed_groups_end(rank: int, world: int, folder: str) -> None:
+    """While the script's own optimizer lives on, as it does in one without functions."""
+    model = torch.nn.Linear(3, 3)
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("replicate", "shard"))
+    for over in (None, mesh):
+        optimizer = ShardedLamb(model, stage=2, mesh=over)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    checkpoint.save(folder, 1, model, optimizer)  # makes a second group of the same ranks
+    del mesh, over  # torch's own, which keeps its groups
+    assert _threads_of_gloo()
+    dist.destroy_process_group()
+    assert not _threads_of_gloo()
+    with pytest.raises(RuntimeError, match=r"destroy_process_group\(\): make the optimizer anew"):
+        optimizer.step()
+    # The harness waits for all ranks.
+    dist.init_process_group("gloo", init_method=f"file://{folder}-2", rank=rank, world_size=world)
+    checkpoint.save(folder, 2, model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads names of threads in /proc")
+def test_destroyed_groups_end(tmp_path: Path) -> None:
+    """gloo's threads end with ``destroy_process_group()``.
+
+    One that lived on, and let go of a tensor just as Python ended, aborted the process: "terminate
+    called without an active exception" (pytorch/pytorch#190489).
+    """
+    run_ranks(2, tmp_path, _destroyed_groups_end, str(tmp_path / "saved"))

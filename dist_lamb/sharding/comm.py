@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -42,8 +43,7 @@ class Comm:
             group = dist.group.WORLD
         elif group == "self":
             group = None
-        self.group = group
-        self.across = across
+        self._group, self._across = _Weak(group), _Weak(across)
         self.world_size: int = dist.get_world_size(group) if group is not None else 1
         self.rank: int = dist.get_rank(group) if group is not None else 0
         self.replicas: int = dist.get_world_size(across) if across is not None else 1
@@ -52,6 +52,16 @@ class Comm:
         self._nccl = group is not None and _torch_private.gpu_backend(group) == "nccl"
         if self.rank < 0:
             raise ValueError("this process is not a member of the process group it was given")
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The shard axis; None where that is this rank alone."""
+        return self._group.get()
+
+    @property
+    def across(self) -> ProcessGroup | None:
+        """The replicate axis, if there is one."""
+        return self._across.get()
 
     @staticmethod
     def of(group: Group | None, mesh: DeviceMesh | None) -> Comm:
@@ -247,8 +257,29 @@ class Comm:
         return found
 
 
-#: (the default group, a second one of the same ranks)
-_host_group: tuple[ProcessGroup | None, ProcessGroup] | None = None
+class _Weak:
+    """A process group, or None, without keeping it alive.
+
+    Else ``destroy_process_group()`` would leave gloo's threads running. One that still lets go of
+    a tensor when Python ends aborts the process (pytorch/pytorch#190489).
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self._ref = None if group is None else weakref.ref(group)
+
+    def get(self) -> ProcessGroup | None:
+        group = None if self._ref is None else self._ref()
+        if group is None and self._ref is not None:
+            raise RuntimeError(
+                "the process group was destroyed by torch.distributed.destroy_process_group(): "
+                "make the optimizer anew in the new one"
+            )
+        return group
+
+
+#: {a default group: a second one of the same ranks}
+_host_groups: weakref.WeakKeyDictionary[ProcessGroup, weakref.ref[ProcessGroup]]
+_host_groups = weakref.WeakKeyDictionary()
 
 
 def host_comm(group: ProcessGroup | None = None) -> Comm:
@@ -258,12 +289,15 @@ def host_comm(group: ProcessGroup | None = None) -> Comm:
     apart is made at the first call, by all ranks; only they can make one, so for other sets of
     ranks the caller does.
     """
-    global _host_group
-    if group is not None or not _initialized():
+    world = dist.group.WORLD if group is None and _initialized() else None
+    if world is None:
         return Comm(group)
-    if _host_group is None or _host_group[0] is not dist.group.WORLD:
-        _host_group = (dist.group.WORLD, dist.new_group(backend="gloo"))
-    return Comm(_host_group[1])
+    known = _host_groups.get(world)
+    second = known() if known is not None else None
+    if second is None:
+        second = dist.new_group(backend="gloo")
+        _host_groups[world] = weakref.ref(second)
+    return Comm(second)
 
 
 def _first_difference(theirs: list[list[Any]]) -> str:
