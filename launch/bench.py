@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
 from benchmarking import step, train
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -26,6 +27,8 @@ def main() -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.main)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no GPU")
     return int(args.run(args))
 
 

@@ -211,6 +211,25 @@ def test_alone_without_torchrun(
     assert "no contender is named 'DDP + Lam'; there are DDP + Lamb, " in error
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("step --repeats 1", "argument --repeats: 1: fewer than 2 have no spread"),
+        ("step --device cuda", "error: --device cuda: this torch finds no GPU"),
+        ("train --device cuda", "error: --device cuda: this torch finds no GPU"),
+    ],
+)
+def test_what_cannot_be_measured(
+    argv: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv.split()])
+    with pytest.raises(SystemExit) as caught:
+        bench.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 # --- arguments and results -----------------------------------------------------------------------
 
 

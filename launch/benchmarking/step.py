@@ -46,6 +46,12 @@ class _Run:
     host_ms: list[float] = field(default_factory=list)
 
 
+def _repeats(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: fewer than 2 have no spread")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [c.name for c in CONTENDERS]
     on_gpu = torch.cuda.is_available()
@@ -59,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--clip", nargs="+", choices=("off", "on"), default=["off", "on"])
-    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each contender")
+    parser.add_argument("--repeats", type=_repeats, default=20, help="timed steps of each")
     parser.add_argument("--no-save", action="store_true", help="print only")
 
 
