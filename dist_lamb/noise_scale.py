@@ -183,8 +183,7 @@ class GradientNoiseScale:
         big_sq = scalar_of(grad_norm, torch.float64).to(small_sq.device).square()
         found = gradient_noise_scale(small_sq, big_sq, self._small, self._big)
         pair = torch.stack(found)
-        if self._sums is None:
-            self._sums = pair.new_zeros(3)
+        self._sums = pair.new_zeros(3) if self._sums is None else self._sums.to(pair.device)
         new = torch.cat([pair, pair.new_ones(1)])
         mixed = torch.lerp(new, self._sums, self._decay)
         self._sums = torch.where(pair.isfinite().all(), mixed, self._sums)
@@ -196,3 +195,17 @@ class GradientNoiseScale:
             nan = torch.full((), torch.nan, dtype=torch.float32, device="cpu")
             return NoiseScale(nan, nan)
         return NoiseScale(self._sums[0] / self._sums[2], self._sums[1] / self._sums[2])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means: for :func:`dist_lamb.checkpoint.save`'s ``stateful``, so that a
+        resumed training goes on with them. The same on all ranks."""
+        return {"sums": None if self._sums is None else self._sums.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave, at any batch sizes. Raises ``ValueError`` for another."""
+        sums = state.get("sums", ())
+        if sums is not None:
+            if not isinstance(sums, list) or len(sums) != 3:
+                raise ValueError(f"no state of a GradientNoiseScale: {state!r}")
+            sums = torch.tensor(sums, dtype=torch.float32, device="cpu")
+        self._sums, self._watched = sums, None

@@ -225,6 +225,14 @@ def test_dtensors_and_back(tmp_path: Path) -> None:
 # --- what else is restored, and what is refused, on several ranks --------------------------------
 
 
+class _TakesNothing:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise TypeError("takes nothing")
+
+
 class _Counter:
     """Something with a state; ``refuse`` lets loading fail."""
 
@@ -365,6 +373,8 @@ def _disk_full_on_one_rank(rank: int, world: int, folder: str) -> None:
     assert {path.name for path in Path(folder).iterdir()} == {"step-1", ".owner-1"}
     checkpoint.load(folder, model, optimizer)
     assert digest(params) == was
+    with pytest.raises(CheckpointError, match=r"the ranks save different steps: \[2, 3\]"):
+        checkpoint.save(folder, 2 + rank % 2, model, optimizer)
     checkpoint.save(folder, 2, model, optimizer)
 
 
@@ -424,6 +434,10 @@ def _nothing_is_changed(rank: int, world: int, folder: str) -> None:
     with pytest.raises(CheckpointError, match=r"step-2: b: of other data \(on rank 1\)"):
         checkpoint.load(folder, model, optimizer, stateful={"a": a, "b": b})
     assert (a.value, b.value) == (7, 8)
+    # One that does not even take back what it gave.
+    with pytest.raises(CheckpointError, match="step-2: b: takes nothing"):
+        checkpoint.load(folder, model, optimizer, stateful={"a": a, "b": _TakesNothing()})
+    assert a.value == 7
     with pytest.raises(CheckpointError, match="step-2: has no state of c"):
         checkpoint.load(folder, model, optimizer, stateful={"c": a})
     optimizer.param_groups[1]["weight_decay"] = 0.25

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -398,6 +399,16 @@ def test_inspect_verify_export(saved: Path, tmp_path: Path, capsys: Any) -> None
     assert "absent: no checkpoint here" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert "safetensors" in sys.modules
+
+
+def test_a_reader_that_has_seen_enough(saved: Path) -> None:
+    """``dist-lamb inspect RUN | head -1``: no error, and no traceback of Python's last flush."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dist_lamb", "inspect", str(saved)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("to", ["safetensors", "dcp"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,23 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
     noise._watched = torch.tensor(float("inf"), dtype=torch.float64)
     noise.update(torch.tensor(1.0))
     assert float(noise.mean().scale) == before
+
+
+def test_a_state_goes_on() -> None:
+    """The means of a training that was resumed are those of one that was not."""
+    noise, _ = measure(accumulate=2, steps=3)
+    other = GradientNoiseScale(Mean(), small_batch=16, big_batch=32, decay=0.98)
+    other.load_state_dict(GradientNoiseScale(Mean(), small_batch=1, big_batch=2).state_dict())
+    assert not other.mean().scale.isfinite()
+    other.load_state_dict(json.loads(json.dumps(noise.state_dict())))
+    for each in (noise, other):
+        each._watched = torch.tensor(2.5, dtype=torch.float64)
+        each.update(torch.tensor(1.5))
+    assert torch.equal(torch.stack(noise.mean()), torch.stack(other.mean()))
+    for wrong in ({}, {"sums": [1.0]}, {"sums": 3}, {"sums": "abc"}):
+        with pytest.raises(ValueError, match="no state of a GradientNoiseScale"):
+            other.load_state_dict(wrong)
+    assert torch.equal(torch.stack(noise.mean()), torch.stack(other.mean()))
 
 
 def test_no_hook_stays() -> None:

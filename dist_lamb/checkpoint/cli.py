@@ -166,7 +166,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    try:
+        status = _run(_parser().parse_args(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough, as head has. Python's own flush as it ends would fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command == "import":
             import_dcp(arguments.dir, arguments.out, arguments.step)
@@ -178,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             verify(checkpoint)
         else:
             export(checkpoint, arguments.out, arguments.weights, arguments.format)
+    except BrokenPipeError:
+        raise
     except (CheckpointError, OSError) as error:
         say(f"dist_lamb: error: {error}", sys.stderr)
         return 1

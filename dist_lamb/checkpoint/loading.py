@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -146,7 +147,9 @@ def _load_stateful(
 
     def restore() -> None:
         for key, state in before.items():
-            stateful[key].load_state_dict(state)
+            # One that refuses what it has saved itself would hide which error it was.
+            with suppress(Exception):
+                stateful[key].load_state_dict(state)
 
     try:
         collective_try(comm, load_all)

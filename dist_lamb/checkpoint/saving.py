@@ -209,6 +209,9 @@ def _write(
         return result
 
     snapshot = collective_try(comm, completed)
+    steps = sorted(set(comm.gather_objects(step)))
+    if len(steps) > 1:
+        raise CheckpointError(f"the ranks save different steps: {steps}")
     temporary = on_rank_zero(comm, lambda: folder.create_temporary(directory, step))
     storage.write(snapshot.tensors, temporary, step, snapshot.state, comm)
     if keep is not None and comm.rank == 0:

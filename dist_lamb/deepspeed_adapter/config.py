@@ -49,26 +49,32 @@ def recommended_config(
     return config
 
 
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section, or an empty one where it is none: DeepSpeed refuses that by itself."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
 def check_config(config: Mapping[str, Any]) -> list[str]:
     """What in a DeepSpeed config (its JSON as a dict) would change a DeepSpeedLamb without a word.
 
     What DeepSpeed or the optimizer refuse by themselves is not among it.
     """
-    zero = config.get("zero_optimization", {})
+    zero = _section(config, "zero_optimization")
     stage, found = zero.get("stage", 0), []
-    named = config.get("optimizer", {}).get("type")
+    named = _section(config, "optimizer").get("type")
     if named is not None and getattr(torch.optim, named, None) is not DeepSpeedLamb:
         found.append(
             f"'optimizer' names {named!r}, which is no DeepSpeedLamb (call register() first and "
             "take its name); if an optimizer is passed to deepspeed.initialize, that one is used, "
             "and these params are not"
         )
-    offload = zero.get("offload_optimizer", {})
+    offload = _section(zero, "offload_optimizer")
     on_host = offload.get("device", "none")
     if on_host != "none" and named is None and config.get("zero_force_ds_cpu_optimizer", True):
         found.append(
-            "set zero_force_ds_cpu_optimizer = false, or name the optimizer in the config: when "
-            "offloading, Accelerate replaces one that is passed by DeepSpeed's CPU Adam"
+            "set zero_force_ds_cpu_optimizer = false: when offloading, Accelerate replaces an "
+            "optimizer that the config does not name by DeepSpeed's CPU Adam"
         )
     if on_host == "nvme":
         found.append(
@@ -79,7 +85,7 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
             "remove zero_optimization.offload_optimizer.ratio: what DeepSpeed then keeps on the "
             "GPU (with sub-groups of the usual size all of it) is stepped by torch's AdamW"
         )
-    half = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
+    half = [name for name in ("bf16", "fp16") if _section(config, name).get("enabled")]
     if "fp16" in half and not stage:
         found.append(
             "set zero_optimization.stage = 1 for fp16: at stage 0 deepspeed 0.19 divides gradients "
