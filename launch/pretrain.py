@@ -31,7 +31,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 if __name__ == "__main__":
     # Until there is something to save, Ctrl-C ends the program without a traceback, wherever it is.
@@ -51,24 +50,22 @@ from pretraining.masking import Masking, stream_key
 from pretraining.model import build_model, compile_layers, train_flops
 from pretraining.ranks import Ranks, StopRequest, check_restarts, started
 from pretraining.report import (
-    LOG_NAME,
     HeldOutRow,
     LogError,
     Report,
     TrainRow,
-    clock,
-    compact,
     open_report,
-    read_log,
     summarize_trust,
 )
+from pretraining.schedule import scaled_lr, warmup_steps
 from pretraining.skips import SkippedSteps
 from pretraining.sources import CorpusError
+from pretraining.summary import describe, summarize
 from pretraining.tokens import TokenCache, prepare_tokens
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
-from dist_lamb import schedules
+from dist_lamb import GradientNoiseScale, schedules
 from dist_lamb.checkpoint import CheckpointError, wait
 
 
@@ -90,26 +87,27 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
             f"{config.run_dir / checkpoint.FOLDER} is not the same for all ranks; train.run_dir "
             "must be on a disk they share"
         )
-    if not saved:
-        ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
     model = build_model(config.model, config.data, config.train.seed, ranks.device)
-    if config.train.init_from and not saved:
-        checkpoint.load_weights(Path(config.train.init_from), model)
+    if config.init_from is not None and not saved:
+        checkpoint.load_weights(config.init_from, model)
     if config.train.compile:
         compile_layers(model)  # before an engine wraps the layers
-    engine = build_engine(model, config, _scaled_lr(config))
+    engine = build_engine(model, config, scaled_lr(config))
     scheduler = schedules.warmup_linear_decay(
-        engine.optimizer, _warmup_steps(config, len(batches.sequences)), config.train.steps
+        engine.optimizer, warmup_steps(config, len(batches.sequences)), config.train.steps
     )
+    noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
+    parts = {"schedule": scheduler, "batches": batches, **({"noise": noise} if noise else {})}
     first_step, changes = 0, []
     if saved:
-        first_step, changes = checkpoint.resume(
-            saved, config, tokens.digest, engine, scheduler, batches
-        )
+        first_step, changes = checkpoint.resume(saved, config, tokens.digest, engine, parts)
+    else:
+        # Only now: what was wrong until here has left the checkpoints of an earlier run alone.
+        ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
 
     with _report(config, tokens, ranks, first_step) as report, StopRequest() as request:
         report.say(tokens.describe())
-        report.say(_describe(config, model, batches, ranks))
+        report.say(describe(config, model, batches, ranks))
         if hint:
             report.say(hint)
         if first_step:
@@ -117,9 +115,7 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
         for change in changes:
             report.say(f"changed since: {change}")
         stop, step = False, first_step
-        loop = _Loop(
-            config, ranks, engine, scheduler, batches, held_out, report, request, first_step
-        )
+        loop = _Loop(config, ranks, engine, scheduler, batches, held_out, noise, report, request)
         if not first_step:
             loop.evaluate(0)
         elif first_step >= config.train.steps:
@@ -130,24 +126,19 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
                 loop.evaluate(step)
             if stop or _is_due(step, config.train.save_every, config.train.steps):
                 loop.flush()
-                checkpoint.save(
-                    step,
-                    config,
-                    tokens.digest,
-                    engine,
-                    scheduler,
-                    batches,
-                    beside=config.train.save_async and not stop,
-                )
+                beside = config.train.save_async and not stop
+                checkpoint.save(step, config, tokens.digest, engine, parts, beside)
                 loop.restart_clock()
             if stop:
                 break
         wait()
         if stop and step < config.train.steps:
-            why = request.signal or "a signal to another rank"
+            why = request.signal or (report.problem and "an error") or "a signal to another rank"
             report.say(f"stopped after step {step} by {why}; start again to go on from there")
         elif ranks.rank == 0:
-            report.say(_summary(config, first_step, time.monotonic() - began))
+            with report.writing(str(config.run_dir)):
+                report.say(summarize(config, first_step, time.monotonic() - began))
+    ranks.together(report.check)
 
 
 class _Loop:
@@ -161,9 +152,9 @@ class _Loop:
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         batches: TrainBatches,
         held_out: HeldOutBatches,
+        noise: GradientNoiseScale | None,
         report: Report,
         request: StopRequest,
-        first_step: int,
     ) -> None:
         self._config = config
         self._request = request
@@ -175,9 +166,7 @@ class _Loop:
         self._report = report
         self._shapes = {name: p.shape for name, p in engine.model.named_parameters()}
         self._flops = train_flops(config.model, config.data)
-        self._tensors: telemetry.TensorsLog | None = None
-        self._noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
-        self._first_step = first_step
+        self._noise = noise
         self._pending: list[tuple[int, Tensor, Tensor | None, float, int]] = []
         self._skipped = SkippedSteps(config.train.max_skipped_in_a_row, engine.skipped_steps())
         self.restart_clock()
@@ -204,7 +193,8 @@ class _Loop:
         # Read before the schedule moves on: this is the lr the step is made with.
         lr = float(self._scheduler.get_last_lr()[0])
         # Its all-reduce runs while the optimizer works.
-        flag, agreement = self._ranks.stopping(bool(self._request.signal))
+        asked = bool(self._request.signal or self._report.problem)
+        flag, agreement = self._ranks.stopping(asked)
         engine.step()
         norm = engine.grad_norm()
         if noise:
@@ -266,11 +256,7 @@ class _Loop:
             return
         row = telemetry.read_tensors(step, self._engine.optimizer, self._shapes)
         if row is not None:
-            if self._tensors is None:
-                self._tensors = telemetry.TensorsLog(
-                    self._config.run_dir, self._first_step, self._report.writer
-                )
-            self._tensors.add(row)
+            self._report.tensors(row)
 
     def _check(self, rows: Sequence[TrainRow], skipped: Sequence[bool]) -> None:
         """Raise ``Diverged`` for a loss that is not finite or too many skipped steps in a row."""
@@ -386,24 +372,6 @@ def _batches(
     return train, held_out
 
 
-def _scaled_lr(config: PretrainConfig) -> float:
-    optim = config.optim
-    return schedules.sqrt_scaled_lr(optim.lr, optim.base_batch, config.train.global_batch)
-
-
-def _warmup_steps(config: PretrainConfig, samples_per_epoch: int) -> int:
-    """Steps of warm-up; a run shorter than that warms up to its end."""
-    optim, of = config.optim, config.train
-    if optim.warmup_epochs is None:
-        assert optim.warmup_fraction is not None
-        return round(optim.warmup_fraction * of.steps)
-    # Linear-epoch warm-up: the epochs of warm-up grow with the batch as the steps of an epoch
-    # shrink.
-    epochs = optim.warmup_epochs * of.global_batch / optim.base_batch
-    steps = schedules.linear_epoch_warmup_steps(epochs, samples_per_epoch, of.global_batch)
-    return min(steps, of.steps)
-
-
 def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step: int) -> Report:
     """The report of this rank: rank 0's writes into the run directory, others' do nothing.
 
@@ -424,59 +392,18 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
         }
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if first_step:
-                read_log(run_dir / LOG_NAME)  # refuses a damaged one before anything is changed
-            else:
-                for name in (curves.FILE_NAME, telemetry.PICTURE_NAME, telemetry.LOG_NAME):
+            tensors = bool(config.train.tensors_every)
+            report = open_report(run_dir, first_step, config.train.steps, tensors)
+            if not first_step:
+                for name in (curves.FILE_NAME, telemetry.PICTURE_NAME):
                     (run_dir / name).unlink(missing_ok=True)
             (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
-            return open_report(run_dir, first_step, config.train.steps)
+            return report
         except OSError as error:
             raise ConfigError(f"train.run_dir: {error.filename}: {error.strerror}") from error
 
     return ranks.together(opened, of=ranks.rank == 0) or Report([])
-
-
-def _describe(
-    config: PretrainConfig, model: torch.nn.Module, batches: TrainBatches, ranks: Ranks
-) -> str:
-    optim, of = config.optim, config.train
-    parameters = sum(p.numel() for p in model.parameters())
-    epochs = of.steps * of.global_batch / len(batches.sequences)
-    unused = f"; not used: {', '.join(optim.unused())}" if optim.unused() else ""
-    rule = "" if optim.rule == "lamb" else f"rule: {optim.rule}{unused}\n"
-    stage = f", ZeRO stage {optim.stage}" if optim.engine == "sharded" else ""
-    return (
-        f"model: BERT with {compact(parameters)} parameters\n"
-        f"ranks: {ranks.world_size} on {ranks.device.type}, engine {optim.engine}{stage}, "
-        f"{torch.get_num_threads()} threads a rank\n"
-        f"batch: {of.global_batch} sequences of {config.data.seq_len} tokens, "
-        f"{batches.micro_batches} micro-batches of {batches.micro_batch} a rank\n"
-        f"{rule}"
-        f"schedule: {of.steps} steps ({epochs:.2f} epochs), lr {_scaled_lr(config):.3g} after "
-        f"{_warmup_steps(config, len(batches.sequences))} steps of warm-up, then linear to 0"
-    )
-
-
-def _summary(config: PretrainConfig, first_step: int, seconds: float) -> str:
-    run_dir, of = config.run_dir, config.train
-    picture = curves.draw(run_dir, f"BERT pretraining with LAMB: {run_dir.name}")
-    heat_map = telemetry.draw_heat_map(run_dir)
-    pictures = [f"picture {picture}", f"heat map {heat_map}" if heat_map else None]
-    held_out = [row for row in read_log(run_dir / LOG_NAME) if row["kind"] == "held_out"]
-    first, last = held_out[0], held_out[-1]
-    steps = of.steps - first_step
-    tokens = steps * of.global_batch * config.data.seq_len
-    return (
-        f"held-out loss {first['loss']:.3f} -> {last['loss']:.3f} "
-        f"({last['loss'] - first['loss']:+.3f} nats), masked accuracy "
-        f"{100 * first['accuracy']:.1f} % -> {100 * last['accuracy']:.1f} %; "
-        f"{compact(tokens)} tokens in {clock(seconds)}\n"
-        f"{', '.join(filter(None, pictures))}, log {run_dir / LOG_NAME}, "
-        f"checkpoints {run_dir / checkpoint.FOLDER}, "
-        f"tensorboard --logdir {run_dir / 'tensorboard'}"
-    )
 
 
 @record
@@ -491,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain: error: {error}", file=sys.stderr, flush=True)
         # torchrun ends its own report with what is recorded: the message instead of "exitcode 2".
+        error.__cause__ = error.__context__ = None
         get_error_handler().record_exception(error.with_traceback(None))
         raise SystemExit(2) from None
 

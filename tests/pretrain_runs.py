@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pretrain
+import pytest
+import torch.distributed as dist
 from manual import soak_kill
 from pretraining.report import read_log
 from ranks import rank_context
@@ -69,6 +71,42 @@ def run_here(config: Path, run_dir: Path, *overrides: str) -> list[dict[str, Any
     """A run of one rank, in this process; its log."""
     pretrain.main([str(config), "--set", f"train.run_dir={run_dir}", *overrides])
     return read_log(run_dir / "log.jsonl")
+
+
+def broken_run(config: Path, run_dir: Path, *overrides: str) -> None:
+    """A run of one rank, in this process, that raises in step ``CRASH_AT``."""
+    step = pretrain._Loop.step
+
+    def raising(self: Any, number: int) -> bool:
+        if number == CRASH_AT:
+            wait()
+            raise ZeroDivisionError
+        return step(self, number)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretrain._Loop, "step", raising)
+        with pytest.raises(ZeroDivisionError):
+            run_here(config, run_dir, *overrides)
+    dist.destroy_process_group()
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not path.name.startswith(".owner-")  # its beat is written anew every second
+    }
+
+
+def refused(config: Path, run: Path, capsys: Any, *overrides: str) -> str:
+    """The message of a run that must fail and leave its folder as it was."""
+    before = everything(run)
+    with pytest.raises(SystemExit):
+        run_here(config, run, *overrides)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    assert everything(run) == before
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def torchrun(script: Path, config: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> str:

@@ -17,12 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from pretrain_runs import (
-    CRASH_AT,
     ROOT,
     STEPS,
+    broken_run,
     crash,
     difference,
     numbers,
+    refused,
     run_here,
     run_on_ranks,
 )
@@ -33,7 +34,7 @@ from pretraining.report import read_log
 from ranks import run_ranks
 
 from dist_lamb import checkpoint
-from dist_lamb.checkpoint import Checkpoint, checkpoints, wait
+from dist_lamb.checkpoint import Checkpoint, checkpoints
 
 # pytest's captured stderr is no file; torchrun's workers have a real one.
 pytestmark = [
@@ -74,19 +75,7 @@ def test_one_rank_two_ranks_and_a_crash_give_the_same_curve(config: Path, tmp_pa
 def test_dropout_and_another_micro_batch_resume_exactly(config: Path, tmp_path: Path) -> None:
     dropout = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
     whole = run_here(config, tmp_path / "whole", *dropout)
-    original = pretrain._Loop.step
-
-    def crash(self: Any, step: int) -> bool:
-        if step == CRASH_AT:
-            wait()
-            raise ZeroDivisionError
-        return original(self, step)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pretrain._Loop, "step", crash)
-        with pytest.raises(ZeroDivisionError):
-            run_here(config, tmp_path / "broken", *dropout)
-    dist.destroy_process_group()
+    broken_run(config, tmp_path / "broken", *dropout)
     assert numbers(run_here(config, tmp_path / "broken", *dropout)) == numbers(whole)
     # Dropout does something, so that equality above means something.
     plain = run_here(config, tmp_path / "plain")
@@ -185,25 +174,6 @@ def test_another_start_and_a_longer_run(config: Path, tmp_path: Path, capsys: An
     assert len(fresh) == STEPS + 4
 
 
-def everything(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-        if not path.name.startswith(".owner-")  # its beat is written anew every second
-    }
-
-
-def refused(config: Path, run: Path, capsys: Any, *overrides: str) -> str:
-    """The message of a run that must fail and leave its folder as it was."""
-    before = everything(run)
-    with pytest.raises(SystemExit):
-        run_here(config, run, *overrides)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    assert everything(run) == before
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_what_a_run_did_not_make_stays(config: Path, tmp_path: Path, capsys: Any) -> None:
     run, short = tmp_path / "run", "train.steps=2"
     saves, elsewhere = run / "checkpoints", tmp_path / "other disk"
@@ -248,7 +218,15 @@ def test_a_damaged_log_is_named_and_left(config: Path, tmp_path: Path, capsys: A
     rows = run_here(config, run, "train.steps=2")
     whole = (run / "log.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    for damaged in (b'{"kind": "train", "st\xff\n', b"3\n", b'{"kind": "train"}\n'):
+    for damaged in (
+        b'{"kind": "train", "st\xff\n',
+        b"3\n",
+        b'{"kind": "train"}\n',
+        b'{"kind": "train", "step": 1, "trust": null}\n',
+        b'{"kind": "train", "step": 1, "trust": {}, "loss": "low"}\n',
+        b'{"kind": "held_out", "step": 1, "loss": 1.0, "accuracy": null}\n',
+        b'{"kind": "other", "step": 1e999}\n',
+    ):
         (run / "log.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[2:]]))
         message = refused(config, run, capsys, "train.steps=3")
         assert f"{run / 'log.jsonl'}, line 2: damaged: " in message

@@ -12,6 +12,7 @@ from pretraining.batches import PackedSequences, TrainBatches
 from pretraining.config import ConfigError, load_config
 from pretraining.masking import Masking
 from pretraining.model import train_flops
+from pretraining.report import TENSORS_LOG_NAME, read_tensors_log
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("no_process_group_left")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_process_group_left")
 def test_tensors_are_logged_and_drawn(config: Path, tmp_path: Path) -> None:
     """At log steps 3, 6, 9, 12 every second one; the picture is one of these rows."""
     log = run_here(config, tmp_path / "run", "train.tensors_every=2", "train.noise_every=2")
-    rows = telemetry.read_rows(tmp_path / "run" / telemetry.LOG_NAME)
+    rows = read_tensors_log(tmp_path / "run" / TENSORS_LOG_NAME)
     assert [row["step"] for row in rows] == [6, STEPS]
     trust = {row["step"]: row["trust"] for row in log if row["kind"] == "train" and row["trust"]}
     total = {row["step"]: row["grad_norm"] for row in log if row["kind"] == "train"}

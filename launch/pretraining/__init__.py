@@ -12,9 +12,13 @@
 ``engine_<name>``     an engine; ``engine_base`` is the interface that the training loop uses
 ``ranks``             process group, device, threads, signals
 ``checkpoint``        save and resume, at any number of ranks
+``schedule``          the lr and the warm-up at this batch
 ``report``            progress bar, JSON lines, TensorBoard
+``jsonlines``         files of rows that a resumed run continues
+``telemetry``         norms of every weight matrix, their heat map, the gradient noise scale
 ``skips``             steps that the optimizer skipped for gradients that are not finite
 ``curves``            the chart at the end
+``summary``           what a run says of itself as it starts and once it is done
 ====================  ==========================================================================
 """
 

@@ -12,17 +12,15 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from dist_lamb import checkpoint
 from dist_lamb.checkpoint import Checkpoint, CheckpointError
-from pretraining.batches import TrainBatches
 from pretraining.config import SECTIONS, ConfigError, PretrainConfig
 from pretraining.engine_base import Engine
 from pretraining.ranks import Ranks
@@ -93,20 +91,21 @@ def save(
     config: PretrainConfig,
     tokens: str,
     engine: Engine,
-    scheduler: LambdaLR,
-    batches: TrainBatches,
+    parts: Mapping[str, Any],
     beside: bool = False,
 ) -> None:
     """Write everything a run needs to continue after ``step``. All ranks call it.
 
     Args:
         tokens: digest of the token ids trained on.
+        parts: what else has a state: "schedule", "batches", and "noise" if it is measured.
         beside: return as soon as a copy is made; the next call waits, and raises its error.
 
     Raises:
         CheckpointError: on every rank, with the file that could not be written.
     """
     write = checkpoint.save_async if beside else checkpoint.save
+    position = parts["batches"].position
     engine.before_save()
     model, optimizer = engine.checkpointed()
     write(
@@ -114,12 +113,12 @@ def save(
         step,
         model,
         optimizer,
-        stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
+        stateful=parts,
         extra={
             "config": json.loads(json.dumps(config.as_dict())),
             "tokens": tokens,
-            "samples_seen": batches.position,
-            "tokens_seen": batches.position * config.data.seq_len,
+            "samples_seen": position,
+            "tokens_seen": position * config.data.seq_len,
         },
         keep=config.train.keep_checkpoints,
     )
@@ -139,6 +138,13 @@ def find(config: PretrainConfig) -> Path | None:
             raise ConfigError(f"{folder} is no folder; move it away, or choose another {_RUN_DIR}")
         return None
     auto = config.train.resume == "auto"
+    if not auto and config.init_from is not None:
+        source = config.init_from.resolve()
+        if source == config.run_dir.resolve() or source.is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"train.init_from is in {_RUN_DIR}, whose checkpoints train.resume=never removes; "
+                f"choose another {_RUN_DIR}"
+            )
     ours = checkpoint.checkpoints(folder) if auto else list(filter(_is_ours, _steps(folder)))
     others = [path.name for path in _steps(folder) if path not in ours]
     if others:
@@ -178,10 +184,12 @@ def resume(
     config: PretrainConfig,
     tokens: str,
     engine: Engine,
-    scheduler: LambdaLR,
-    batches: TrainBatches,
+    parts: Mapping[str, Any],
 ) -> tuple[int, list[str]]:
     """Put a run back to where the checkpoint ``path`` was saved. All ranks call it.
+
+    Args:
+        parts: as of :func:`save`; "noise" may be new to it.
 
     Returns:
         The step, and for the log the settings that differ from those it was saved with.
@@ -191,7 +199,8 @@ def resume(
             that is damaged.
     """
     try:
-        extra = Checkpoint(path).extra
+        before = Checkpoint(path)
+        extra, known = before.extra, before.state["stateful"]
         if not _is_run(extra):
             raise ConfigError(f"{path}: not a checkpoint of this program")
         changed = _changes(extra["config"], json.loads(json.dumps(config.as_dict())))
@@ -209,13 +218,14 @@ def resume(
         found = checkpoint.load(
             path,
             *engine.checkpointed(),
-            stateful={"schedule": scheduler, "batches": batches},  # type: ignore[dict-item]
+            stateful={k: part for k, part in parts.items() if k != "noise" or k in known},
             # They follow from the settings compared above; what may differ is set below.
             options="saved",
         )
         engine.after_load()
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+    scheduler = parts["schedule"]
     # The lr of the next step is this run's: it may be longer than the one that was saved.
     for group, base, factor in zip(
         engine.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ class DataConfig(_Section):
     path: str = "stdlib"
     """``stdlib`` = the sources and help texts of the running Python; else a file, a folder or a
     glob of text files."""
-    vocab_size: Annotated[int, Range(at_least=256)]
+    vocab_size: Annotated[int, Range(at_least=256, at_most=2**31)]
     """Tokens of the WordPiece vocabulary."""
     seq_len: Annotated[int, Range(at_least=8)]
     """Tokens a sequence, [CLS] and [SEP] included."""
@@ -212,7 +213,7 @@ class TrainConfig(_Section):
     """Sequences an optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt
     """At most this many sequences a rank and forward pass."""
-    seed: Count = 0
+    seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = 0
     """Of weights, order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one."""
@@ -250,7 +251,7 @@ class TrainConfig(_Section):
     init_from: str = ""
     """A run or one of its checkpoints, whose weights start this one (BERT's second phase starts
     from its first)."""
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Range(above=0, at_most=525_600)] = 30.0
     """A rank that waits longer than this for another one ends the run."""
 
 
@@ -276,7 +277,11 @@ class PretrainConfig:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.train.run_dir)
+        return expanded(self.train.run_dir)
+
+    @property
+    def init_from(self) -> Path | None:
+        return expanded(self.train.init_from) if self.train.init_from else None
 
     @property
     def track_grad_norm(self) -> bool:
@@ -288,6 +293,11 @@ class PretrainConfig:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
+
+
+def expanded(path: str) -> Path:
+    """With ``~`` as the home folder, which no shell has seen in a file of settings."""
+    return Path(os.path.expanduser(path))
 
 
 SECTIONS: dict[str, type[_Section]] = {

@@ -29,7 +29,11 @@ _HELD_OUT = "#c8442d"
 
 
 def draw(run_dir: Path, title: str) -> Path:
-    """Draw ``log.jsonl`` of ``run_dir``: losses above, trust ratios by layer group below."""
+    """Draw ``log.jsonl`` of ``run_dir``: losses above, trust ratios by layer group below.
+
+    Raises:
+        LogError: the log is damaged. OSError: the picture cannot be written.
+    """
     rows = read_log(run_dir / LOG_NAME)
     train = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "held_out"]
@@ -80,7 +84,7 @@ def _draw_losses(axes: Axes, train: list[dict[str, Any]], held_out: list[dict[st
         linewidth=1.4,
         label="held out",
     )
-    for row, offset in ((held_out[0], (8, 0)), (held_out[-1], (0, 10))):
+    for row, offset in zip([*held_out[:1], *held_out[-1:]], ((8, 0), (0, 10))):
         axes.annotate(
             f"{row['loss']:.2f}",
             (row["step"], row["loss"]),

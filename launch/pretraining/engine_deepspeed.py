@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -34,6 +35,10 @@ def read_config(optim: OptimConfig) -> dict[str, Any]:
         raise ConfigError(f"optim.deepspeed: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"optim.deepspeed: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"optim.deepspeed: {path} is no JSON object, {{...}}")
+    if not isinstance(config.get("zero_optimization", {}), dict):
+        raise ConfigError(f"optim.deepspeed: {path}: zero_optimization is no JSON object, {{...}}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage != optim.stage:
         raise ConfigError(f"{path} is for ZeRO stage {stage}, optim.stage is {optim.stage}")
@@ -108,6 +113,8 @@ class DeepSpeedEngine:
         self._module = model
         self._config = config
         self._copy: tuple[nn.Module, Lamb] | None = None
+        # torchrun sets it. DeepSpeed asks for it also where a job of one runs without torchrun.
+        os.environ.setdefault("LOCAL_RANK", "0")
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings
         )

@@ -6,15 +6,15 @@ any; on the other ranks a report has no outlets and costs nothing.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, TextIO
+from typing import ClassVar
 
 import torch
 from rich.console import Console, RenderableType
@@ -30,7 +30,13 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor
 
+from pretraining.jsonlines import JsonLines, LogError, Row, check_numbers, read_rows
+
 LOG_NAME = "log.jsonl"
+TENSORS_LOG_NAME = "tensors.jsonl"
+#: Columns of a TensorsRow for each tensor: ||x|| / ||u||, ||x|| before the step, ||u||, ||g||.
+COLUMNS = ("trust_ratio", "param_norm", "update_norm", "grad_norm")
+_TERMINAL = "standard output"
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,23 @@ class HeldOutRow:
     kind: ClassVar[str] = "held_out"
 
 
-class Outlet(Protocol):
+@dataclass(frozen=True)
+class TensorsRow:
+    """One step: for each weight matrix by name what ``COLUMNS`` says, all L2 norms."""
+
+    step: int
+    tensors: dict[str, tuple[float, ...]]
+
+
+class Outlet:
+    """Where rows and messages go; each kind leaves out what is not for it."""
+
+    #: the file or folder that it writes, for messages
+    name: str
+
     def train(self, rows: Sequence[TrainRow]) -> None: ...
     def held_out(self, row: HeldOutRow) -> None: ...
+    def tensors(self, row: TensorsRow) -> None: ...
     def say(self, text: str) -> None: ...
     def close(self) -> None: ...
 
@@ -89,24 +109,45 @@ class Report:
 
     def __init__(self, outlets: Sequence[Outlet]) -> None:
         self._outlets = outlets
-
-    @property
-    def writer(self) -> Any:
-        """TensorBoard's, for what is not a row; None on other ranks than 0."""
-        found = [outlet.writer for outlet in self._outlets if isinstance(outlet, TensorBoard)]
-        return found[0] if found else None
+        #: what could not be written first; raised here, on rank 0 alone, it would leave the other
+        #: ranks waiting
+        self.problem: LogError | None = None
 
     def train(self, rows: Sequence[TrainRow]) -> None:
-        for outlet in self._outlets:
-            outlet.train(rows)
+        self._each(lambda outlet: outlet.train(rows))
 
     def held_out(self, row: HeldOutRow) -> None:
-        for outlet in self._outlets:
-            outlet.held_out(row)
+        self._each(lambda outlet: outlet.held_out(row))
+
+    def tensors(self, row: TensorsRow) -> None:
+        self._each(lambda outlet: outlet.tensors(row))
 
     def say(self, text: str) -> None:
+        self._each(lambda outlet: outlet.say(text))
+
+    def _each(self, call: Callable[[Outlet], None]) -> None:
         for outlet in self._outlets:
-            outlet.say(text)
+            with self.writing(outlet.name):
+                call(outlet)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """As a context: an ``OSError`` of what writes ``name`` becomes the :attr:`problem`, and a
+        ``LogError``."""
+        try:
+            yield
+        except LogError as error:
+            self.problem = self.problem or error
+        except OSError as error:
+            self.problem = self.problem or LogError(
+                f"{error.filename or name}: {error.strerror or error}; correct that and start "
+                "again: the run goes on from its last checkpoint"
+            )
+
+    def check(self) -> None:
+        """Raise the :attr:`problem`, if there is one."""
+        if self.problem:
+            raise self.problem
 
     def __enter__(self) -> Report:
         return self
@@ -117,36 +158,43 @@ class Report:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for outlet in self._outlets:
-            outlet.close()
+        self._each(lambda outlet: outlet.close())
 
 
-def open_report(run_dir: Path, first_step: int, total_steps: int) -> Report:
+def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool = False) -> Report:
     """Rank 0's report. Rows of steps after ``first_step``, written by a run that got further than
-    its last checkpoint, are removed."""
-    return Report(
-        [
-            JsonLines(run_dir / LOG_NAME, first_step),
-            TensorBoard(run_dir / "tensorboard", first_step),
-            terminal(first_step, total_steps),
-        ]
-    )
+    its last checkpoint, are removed.
+
+    Args:
+        tensors: whether there will be a TensorsRow.
+
+    Raises:
+        LogError: a log that is there cannot be continued.
+    """
+    log, tensors_log = run_dir / LOG_NAME, run_dir / TENSORS_LOG_NAME
+    if first_step:
+        # Before anything is changed.
+        read_log(log)
+        read_tensors_log(tensors_log)
+    else:
+        tensors_log.unlink(missing_ok=True)
+    outlets: list[Outlet] = [Log(log, first_step)]
+    outlets.append(TensorBoard(run_dir / "tensorboard", first_step))
+    if tensors or tensors_log.exists():
+        outlets.append(TensorsLog(tensors_log, first_step))
+    return Report([*outlets, terminal(first_step, total_steps)])
 
 
-class JsonLines:
+class Log(Outlet):
     """One JSON object a line, kinds ``train`` and ``held_out``, steps ascending."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        kept = [r for r in read_log(path) if r["step"] <= first_step] if first_step else []
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        part.replace(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self.name = str(path)
+        self._file = JsonLines(path, first_step, _check)
 
     def _write(self, rows: Sequence[TrainRow | HeldOutRow]) -> None:
-        self._file.writelines(json.dumps({"kind": row.kind, **asdict(row)}) + "\n" for row in rows)
         # The file has every row that the terminal shows.
-        self._file.flush()
+        self._file.add({"kind": row.kind, **asdict(row)} for row in rows)
 
     def train(self, rows: Sequence[TrainRow]) -> None:
         self._write(rows)
@@ -154,45 +202,58 @@ class JsonLines:
     def held_out(self, row: HeldOutRow) -> None:
         self._write([row])
 
-    def say(self, text: str) -> None:
-        pass
+    def close(self) -> None:
+        self._file.add()
+
+
+class TensorsLog(Outlet):
+    """One JSON object a line, a ``TensorsRow`` each."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.name = str(path)
+        self._file = JsonLines(path, first_step, _check_tensors)
+
+    def tensors(self, row: TensorsRow) -> None:
+        self._file.add([asdict(row)])
 
     def close(self) -> None:
-        self._file.close()
+        self._file.add()
 
 
-class LogError(ValueError):
-    """A log that cannot be read; the message names the file and the line."""
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[Row]:
     """The rows of a log; none where there is no file. A last line cut short by a crash is left
     out.
 
     Raises:
         LogError: another line is no row.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "kind": str(row["kind"]), "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise LogError(
-                    f"{path}, line {number}: damaged: {line[:60].decode(errors='replace')!r}; "
-                    "correct or remove this line, or move the file away"
-                ) from None
-    return rows
+    return read_rows(path, _check)
 
 
-class TensorBoard:
+def _check(row: Row) -> None:
+    """What is read of a row is there; other kinds than ours are taken as they are."""
+    if row["kind"] == TrainRow.kind:
+        trust = row["trust"]
+        check_numbers([row["loss"], *(trust["groups"].values() if trust else [])])
+    elif row["kind"] == HeldOutRow.kind:
+        check_numbers([row["loss"], row["accuracy"]])
+
+
+def read_tensors_log(path: Path) -> list[Row]:
+    """As :func:`read_log`, of rows that are a ``TensorsRow`` each."""
+    return read_rows(path, _check_tensors)
+
+
+def _check_tensors(row: Row) -> None:
+    for values in row["tensors"].values():
+        check_numbers([values[0], *values])
+
+
+class TensorBoard(Outlet):
     """Event files under ``directory``."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        self.name = str(directory)
         # Imported here: it takes a second, and only rank 0 comes here.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -226,8 +287,12 @@ class TensorBoard:
         self.writer.add_scalar("held_out/loss", row.loss, row.step)
         self.writer.add_scalar("held_out/accuracy", row.accuracy, row.step)
 
-    def say(self, text: str) -> None:
-        pass
+    def tensors(self, row: TensorsRow) -> None:
+        for k, column in enumerate(COLUMNS):
+            values = torch.tensor([value[k] for value in row.tensors.values()])
+            found = values[values.isfinite()]
+            if len(found):
+                self.writer.add_histogram(f"tensors/{column}", found, row.step)
 
     def close(self) -> None:
         self.writer.close()
@@ -250,8 +315,10 @@ class _TwoLines(Progress):
         yield Text(self.numbers, no_wrap=True, overflow="ellipsis")
 
 
-class LiveBar:
+class LiveBar(Outlet):
     """A bar at the bottom of the terminal; evaluations and messages scroll above it."""
+
+    name = _TERMINAL
 
     def __init__(self, first_step: int, total_steps: int, console: Console | None = None) -> None:
         self._bar = _TwoLines(
@@ -281,8 +348,10 @@ class LiveBar:
         self._bar.stop()
 
 
-class PlainLines:
+class PlainLines(Outlet):
     """One line for every log step, so that a log file stays readable."""
+
+    name = _TERMINAL
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self._first_step = first_step
@@ -304,9 +373,6 @@ class PlainLines:
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-
-    def close(self) -> None:
-        pass
 
 
 def _numbers(row: TrainRow) -> str:

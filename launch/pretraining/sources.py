@@ -102,7 +102,10 @@ def read_corpus(path: str, document_bytes: int) -> Corpus:
             documents.append(Document(file, start, stop, position))
             nbytes += stop - start
     if not documents:
-        raise CorpusError(f"data.path = {path!r}: no text in its {len(files)} files")
+        nul = "; those with NUL bytes are left out: binary files, or UTF-16, to be made UTF-8"
+        raise CorpusError(
+            f"data.path = {path!r}: no text in its {len(files)} files{nul if binary_files else ''}"
+        )
     return Corpus(
         source=source,
         documents=tuple(documents),
@@ -127,11 +130,7 @@ def _find_files(path: str) -> tuple[str, list[Path]]:
     if expanded.is_dir():
         # Hidden files below the folder are version control and editors' own; the folder's own
         # path may well contain a dot-name.
-        found = [
-            file
-            for file in expanded.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(expanded).parts)
-        ]
+        found = list(_below(expanded, frozenset()))
     elif expanded.exists():
         found = [expanded]
     else:
@@ -141,6 +140,21 @@ def _find_files(path: str) -> tuple[str, list[Path]]:
         problem = "has no files" if expanded.is_dir() else "is no file, folder or glob of files"
         raise CorpusError(f"data.path = {path!r}: {problem} (looked from {Path.cwd()})")
     return str(expanded), files
+
+
+def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """What is not hidden in a folder, also behind links to other folders, as with a glob; but not
+    where a link leads back up to one of the folders ``above``."""
+    own = folder.resolve()
+    if own in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _below(path, above | {own})
+        else:
+            yield path
 
 
 def _is_stdlib_source(file: Path, root: Path) -> bool:

@@ -1,14 +1,12 @@
-"""Trust ratio and norms of every weight matrix: JSON lines, TensorBoard histograms, a heat map.
+"""Trust ratio and norms of every weight matrix, their heat map, and the gradient noise scale.
 
 To draw a run's again: ``PYTHONPATH=launch python -m pretraining.telemetry RUN_DIR``.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,9 @@ from torch import Tensor, nn
 
 from dist_lamb import GradientNoiseScale
 from pretraining.config import ConfigError, PretrainConfig
-from pretraining.report import layer_group
+from pretraining.report import TENSORS_LOG_NAME, TensorsRow, layer_group, read_tensors_log
 
-LOG_NAME = "tensors.jsonl"
 PICTURE_NAME = "trust_ratios.png"
-#: Columns of a row for each tensor: ||x|| / ||u||, ||x|| before the step, ||u||, ||g||.
-COLUMNS = ("trust_ratio", "param_norm", "update_norm", "grad_norm")
-
-
-@dataclass(frozen=True)
-class TensorsRow:
-    """One step: for each weight matrix by name what ``COLUMNS`` says, all L2 norms."""
-
-    step: int
-    tensors: dict[str, tuple[float, ...]]
 
 
 def read_tensors(step: int, optimizer: Any, shapes: Mapping[str, torch.Size]) -> TensorsRow | None:
@@ -50,28 +37,6 @@ def read_tensors(step: int, optimizer: Any, shapes: Mapping[str, torch.Size]) ->
     # One copy to the host for all.
     values = torch.stack(columns).T.tolist()
     return TensorsRow(step, {name: tuple(row) for name, row in zip(names, values, strict=True)})
-
-
-class TensorsLog:
-    """Rank 0's file of rows, steps ascending, and TensorBoard's histograms of them."""
-
-    def __init__(self, run_dir: Path, first_step: int, writer: Any = None) -> None:
-        path = run_dir / LOG_NAME
-        kept = [row for row in read_rows(path) if first_step and row["step"] <= first_step]
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        part.replace(path)
-        self._path, self._writer = path, writer
-
-    def add(self, row: TensorsRow) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-        if self._writer is not None:
-            for k, column in enumerate(COLUMNS):
-                values = torch.tensor([value[k] for value in row.tensors.values()])
-                found = values[values.isfinite()]
-                if len(found):
-                    self._writer.add_histogram(f"tensors/{column}", found, row.step)
 
 
 def noise_scale_of(
@@ -96,19 +61,6 @@ def noise_scale_of(
         ) from None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none where there is no file, without a last one cut by a crash."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
-    return rows
-
-
 def _depth(name: str) -> tuple[int, str]:
     group = layer_group(name)
     return ({"embeddings": 0, "head": 2}.get(group, 1), group)
@@ -124,7 +76,7 @@ def draw_heat_map(run_dir: Path) -> Path | None:
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
 
-    rows = read_rows(run_dir / LOG_NAME)
+    rows = read_tensors_log(run_dir / TENSORS_LOG_NAME)
     if not rows:
         return None
     names = sorted(rows[0]["tensors"], key=_depth)  # stable: in the model's order within a layer

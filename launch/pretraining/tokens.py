@@ -33,7 +33,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import WordPieceTrainer
 
-from pretraining.config import DataConfig
+from pretraining.config import DataConfig, expanded
 from pretraining.disk import known_versions, locked, note_versions, sync_folder, write_synced
 from pretraining.sources import Corpus, CorpusError, Document, read_corpus
 
@@ -165,7 +165,7 @@ def prepare_tokens(data: DataConfig, say: Callable[[str], None]) -> TokenCache:
     """
     try:
         corpus = read_corpus(data.path, data.document_bytes)
-        directory = Path(data.cache_dir) / cache_key(corpus, data)
+        directory = expanded(data.cache_dir) / cache_key(corpus, data)
         if not directory.exists():
             _build(directory, corpus, data, say)
         return TokenCache.open(directory).checked(say)
