@@ -401,12 +401,13 @@ def test_inspect_verify_export(saved: Path, tmp_path: Path, capsys: Any) -> None
     assert "safetensors" in sys.modules
 
 
-def test_a_reader_that_has_seen_enough(saved: Path) -> None:
-    """``dist-lamb inspect RUN | head -1``: no error, and no traceback of Python's last flush."""
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_reader_that_has_seen_enough(saved: Path, command: str) -> None:
+    """``dist-lamb inspect RUN | head -1``: no error, also none of Python's flush as it ends."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "dist_lamb", "inspect", str(saved)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "dist_lamb", command, str(saved)]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
 
