@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import study
-from test_study import SMALL
+import torch
+from studying import results
+from studying.config import StudyConfig
+from studying.results import Row, Run
+from studying.training import Job, Stopped, train_rows
+from test_study import CONFIG, SMALL, made_up
 from texts import write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -55,3 +63,228 @@ def test_data_does_not_replace_a_file_of_the_user(
     assert make_data(tmp_path) == 2
     assert str(meta) in capsys.readouterr().err
     assert [p.read_text() for p in meta.parent.iterdir()] == ["mine"]
+
+
+def run(folder: Path, out: Path, *changes: tuple[str, str], minutes: str = "3") -> int:
+    """``study.py run`` with ``folder``'s data and its study.toml, changed."""
+    text = SMALL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    config = out.parent / "study.toml"
+    config.write_text(text)
+    on = ["--data", str(folder / "data"), "--device", "cpu", "--minutes", minutes]
+    return study.main(["run", str(config), "--out", str(out), *on])
+
+
+@pytest.fixture(scope="module")
+def trained(made: Path) -> Path:
+    """The --out of a study that is done."""
+    assert run(made, made / "out") == 0
+    return made / "out"
+
+
+@pytest.fixture
+def out(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("samples = 64", "samples = 128", ["study.samples", "64", "128"]),
+        ("evals = 4", "weight_decay = 0.1\nevals = 4", ["study.weight_decay", "0.01", "0.1"]),
+        ("evals = 4", "max_grad_norm = 2.0\nevals = 4", ["study.max_grad_norm", "1.0", "2.0"]),
+        ("hidden_size = 16", "hidden_size = 32", ["model.hidden_size", "16", "32"]),
+        ('"adamw"\n', '"adamw"\neps = 1e-8\n', ["rules.adamw.eps", "1e-06", "1e-08"]),
+        ('"lamb"\n', '"lamb-bfloat16"\n', ["rules.lamb.optimizer", "'lamb'", "'lamb-bfloat16'"]),
+    ],
+)
+def test_rows_of_another_study_are_not_taken_for_its_own(
+    made: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    old: str,
+    new: str,
+    named: list[str],
+) -> None:
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(made, out, (old, new)) == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in [*named, str(out), "another --out"]), error
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_only_chooses_runs_may_change(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More seeds, lrs and rules: the rows that are there stay, and the new ones are added."""
+    rows = results.read(out / "study.csv")
+    more = '[rules.second]\noptimizer = "lamb"\neps = 1e-4\nlrs = [2e-2]\n\n[rules.lamb]'
+    changes = (
+        ("seeds = [0]", "seeds = [0, 1]"),
+        ("[4e-3]", "[2e-3, 4e-3]"),
+        ("1e5", "2e5"),
+        ("[rules.lamb]", more),
+    )
+    assert run(made, out, *changes) == 0
+    found = results.read(out / "study.csv")
+    assert rows.items() <= found.items()
+    assert {r.rule for r in found} == {"adamw", "lamb", "second"}
+    # The rule that came later counts from now on, also for a config without it in between.
+    assert run(made, out) == 0
+    assert run(made, out, *changes[:3], ("[rules.lamb]", more.replace("1e-4", "1e-5"))) == 2
+    assert "rules.second.eps: 0.0001 there, 1e-05 here" in capsys.readouterr().err
+
+
+def test_a_rule_without_rows_may_change(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(made, out, minutes="0") == 0
+    assert run(made, out, ('"lamb"\n', '"lamb"\neps = 1e-4\n')) == 0
+    assert run(made, out) == 2
+
+
+def test_a_half_life_at_another_base_batch_is_another_rule(made: Path, tmp_path: Path) -> None:
+    """Its beta2 at batch 16 is another one."""
+    out = tmp_path / "out"
+    half = 'half_life = true\nbase = "lamb"\n'
+    rule = ("[rules.lamb]", f'[rules.half]\noptimizer = "lamb"\nlrs = [2e-2]\n{half}\n[rules.lamb]')
+    assert run(made, out, rule) == 0
+    assert run(made, out, rule, ("[4, 16]", "[2, 4, 16]")) == 2
+    assert run(made, out, ("[4, 16]", "[2, 4, 16]")) == 0
+
+
+def test_rows_of_other_data_are_not_taken_for_its_own(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_data(tmp_path, seed=1) == 0
+    capsys.readouterr()
+    assert run(tmp_path, out) == 2
+    assert "data.sha256" in capsys.readouterr().err
+
+
+def test_rows_alone_are_gone_on_from(
+    made: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As published ones: what they do not say is taken to be as now, and a line says so."""
+    (out / "study.json").unlink()
+    assert run(made, out) == 0
+    said = capsys.readouterr().out
+    assert len([x for x in said.splitlines() if "study.json" in x]) == 1
+    assert f"6 rows of {out / 'study.csv'}" in said
+    assert "0 new rows" in said
+    assert run(made, out) == 0
+    assert "study.json" not in capsys.readouterr().out
+    assert run(made, out, ("samples = 64", "samples = 128")) == 2
+
+    (out / "study.json").unlink()
+    assert make_data(tmp_path, seed=1) == 0
+    digest = next(iter(results.read(out / "study.csv").values())).data_sha256
+    capsys.readouterr()
+    assert run(tmp_path, out) == 0
+    assert f"trained on other data: {digest}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("samples = 64", "samples = 128", "samples 64, here 128"),
+        ("seq_len = 16", "seq_len = 8", "seq_len 1024, here 512"),
+        ('"lamb"\n', '"lamb"\nbetas = [0.9, 0.99]\n', "beta2 0.999, here 0.99"),
+    ],
+)
+def test_rows_alone_are_refused_where_they_say_that_they_are_of_another_study(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, named: str
+) -> None:
+    (out / "study.json").unlink()
+    assert run(made, out, (old, new)) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert "another --out" in error
+    assert not (out / "study.json").exists()
+
+
+def test_probe_adds_no_rows_to_those_of_another_study(
+    made: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "study.toml"
+    config.write_text(SMALL.replace("samples = 64", "samples = 128"))
+    on = ["--data", str(made / "data"), "--device", "cpu"]
+    assert study.main(["probe", str(config), "--out", str(out), *on]) == 2
+    assert "study.samples" in capsys.readouterr().err
+    assert not (out / "noise.csv").exists()
+
+
+def test_a_damaged_study_json_is_an_error(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in ("", "[]", '{"study": {}}', '{"study": 1, "model": 1, "rules": 1, "data": 1}'):
+        (out / "study.json").write_text(content)
+        assert run(made, out) == 2
+        assert f"{out / 'study.json'} is damaged" in capsys.readouterr().err
+
+
+RUNS = (Run("decoder", "adamw", 4, 0.1, 4e-3, 0), Run("decoder", "lamb", 4, 0.1, 2e-2, 1))
+
+
+def stopped(config: StudyConfig, path: Path) -> None:
+    """An unfinished pack, stopped at the first evaluation after the start."""
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            train_rows(Job(config, RUNS, "eager", path, stop_at=0.0), made_up())
+
+
+def numbers(rows: list[Row]) -> list[object]:
+    return [(row.loss, row.train_loss, row.curve) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight_decay": 0.5},
+        {"rules": {**CONFIG.rules, "lamb": replace(CONFIG.rules["lamb"], eps=0.1)}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_an_unfinished_pack_of_another_study_is_not_gone_on_with(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    path, lines = tmp_path / "pack.pt", list[str]()
+    config = replace(CONFIG, **changed)
+    stopped(CONFIG, path)
+    rows = train_rows(Job(config, RUNS, "eager", path), made_up(), lines.append)
+    assert numbers(rows) == numbers(train_rows(Job(config, RUNS, "eager", None), made_up()))
+    assert len([line for line in lines if str(path) in line and "another study" in line]) == 1
+
+
+def test_an_unfinished_pack_of_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
+    path, lines = tmp_path / "pack.pt", list[str]()
+    stopped(CONFIG, path)
+    other = replace(made_up(), sha256="other")
+    train_rows(Job(CONFIG, RUNS, "eager", path), other, lines.append)
+    assert len([line for line in lines if str(path) in line and "another study" in line]) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "other content", "a tensor"])
+def test_a_damaged_pack_is_trained_from_the_start(tmp_path: Path, damage: str) -> None:
+    path, lines = tmp_path / "pack.pt", list[str]()
+    stopped(CONFIG, path)
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    if damage == "cut off":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "other bytes":
+        path.write_bytes(b"not a checkpoint\n" * 9)
+    elif damage == "other content":
+        torch.save([1, 2], path)
+    else:
+        # The last one, so that others would have been copied before it is missed.
+        del saved["tensors"][list(saved["tensors"])[-1]]
+        torch.save(saved, path)
+    rows = train_rows(Job(CONFIG, RUNS, "eager", path), made_up(), lines.append)
+    assert numbers(rows) == numbers(train_rows(Job(CONFIG, RUNS, "eager", None), made_up()))
+    assert len([line for line in lines if str(path) in line and "from the start" in line]) == 1
+    assert not path.exists()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from studying import identity
 from studying.config import StudyConfig
 from studying.data import Sequences
 from studying.grid import basin, best_lr, first_lrs
@@ -57,8 +58,12 @@ def probe(
 ) -> None:
     """For each architecture, AdamW and LAMB at the middle batch and their best lrs, or the middle
     ones of the first sweep where there are no results yet; writes ``noise.csv`` and ``trust.csv``.
+
+    Raises:
+        ConfigError: ``out`` is another study's.
     """
     results = read(out / FILE)
+    identity.claim(config, data.sha256, out, results, say)
     batch = config.batches[len(config.batches) // 2]
     for architecture in config.architectures:
         runs = []

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
+from studying import identity
 from studying.config import StudyConfig
-from studying.data import Sequences, check_data, load_data
+from studying.data import Sequences, load_data
 from studying.grid import next_pack, wanted
 from studying.results import FILE, Row, Run, append, read
 from studying.training import Job, Mode, Stopped, checkpoint_name, train_rows
@@ -100,12 +101,18 @@ def run_study(
 
     Returns:
         The number of new rows.
+
+    Raises:
+        ConfigError: ``out`` is another study's.
     """
     deadline = time.time() + 60 * minutes
-    check_data(folder)  # a pool would only say that a worker could not start
+    names = devices(device)
+    # Here, since a pool would only say that a worker could not start.
+    data = load_data(folder, config.seq_len, config.held_out, torch.device("cpu"))
     path = out / FILE
     results = read(path)
-    names = devices(device)
+    identity.claim(config, data.sha256, out, results, say)
+    del data
     queue: multiprocessing.Queue[str] = multiprocessing.get_context("spawn").Queue()
     for name in names:
         queue.put(name)
