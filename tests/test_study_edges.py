@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import study
 import torch
-from studying import results
+from studying import results, training
 from studying.config import StudyConfig
 from studying.results import Row, Run
-from studying.training import Job, Stopped, train_rows
+from studying.training import Job, Stopped, make_pack, train_rows
 from test_study import CONFIG, SMALL, made_up
 from texts import write_texts
 
@@ -288,3 +288,17 @@ def test_a_damaged_pack_is_trained_from_the_start(tmp_path: Path, damage: str) -
     assert numbers(rows) == numbers(train_rows(Job(CONFIG, RUNS, "eager", None), made_up()))
     assert len([line for line in lines if str(path) in line and "from the start" in line]) == 1
     assert not path.exists()
+
+
+def test_an_error_in_a_pack_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without CUDA has no device to wait for."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("what went wrong")
+
+    monkeypatch.setattr(training, "_failed", set())
+    monkeypatch.setattr(training.Pack, "_step", fail)
+    lines: list[str] = []
+    with pytest.raises(RuntimeError, match="what went wrong"):
+        make_pack(CONFIG, RUNS, made_up(), "compile", lines.append)
+    assert len([line for line in lines if "what went wrong" in line]) == 2  # compile and graph

@@ -385,8 +385,9 @@ def make_pack(
                 f"warning: mode {attempt} failed for {architecture}, trying a plainer one: "
                 f"{type(error).__name__}: {first}"
             )
-            with suppress(RuntimeError):
-                torch.cuda.synchronize()
+            if data.train.is_cuda:
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize()
     raise AssertionError("unreachable")
 
 
