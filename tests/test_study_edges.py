@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import study
 import torch
+from pretraining.config import ConfigError
 from studying import results, training
-from studying.config import StudyConfig
+from studying.config import StudyConfig, load_study
 from studying.results import Row, Run
 from studying.training import Job, Stopped, make_pack, train_rows
 from test_study import CONFIG, SMALL, made_up
@@ -302,3 +303,102 @@ def test_an_error_in_a_pack_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="what went wrong"):
         make_pack(CONFIG, RUNS, made_up(), "compile", lines.append)
     assert len([line for line in lines if "what went wrong" in line]) == 2  # compile and graph
+
+
+def refused(folder: Path, old: str, new: str) -> str:
+    assert old in SMALL
+    path = folder / "bad.toml"
+    path.write_text(SMALL.replace(old, new, 1))
+    with pytest.raises(ConfigError) as error:
+        load_study(path)
+    assert str(error.value).startswith(f"{path}: ")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("evals = 4", "evals = 0", "study.evals must be an integer >= 1, got 0"),
+        ("evals = 4", "evals = 2.0", "study.evals must be an integer >= 1, got 2.0"),
+        ("evals = 4", "evals = true", "study.evals must be an integer >= 1, got True"),
+        ("held_out = 8", "held_out = 0", "study.held_out must be an integer >= 1, got 0"),
+        ("held_out = 8", "held_out = -8", "study.held_out must be an integer >= 1, got -8"),
+        ("1e5", "0", "study.tokens_per_s must be a number > 0, got 0"),
+        ("1e5", "nan", "study.tokens_per_s must be a number > 0, got nan"),
+        ("1e5", '"fast"', "study.tokens_per_s must be a number > 0, got 'fast'"),
+        ("seeds = [0]", "seeds = [0.5]", "study.seeds must be a list, each an integer >= 0"),
+        ("seeds = [0]", "seeds = [-1]", "study.seeds must be a list, each an integer >= 0"),
+        ("seeds = [0]", "seeds = 0", "study.seeds must be a list, each an integer >= 0"),
+        ("[4, 16]", "[4, 16.0]", "study.batches must be a list, each an integer >= 1"),
+        ("[4, 16]", "[[4], 16]", "study.batches must be a list, each an integer >= 1"),
+        ("samples = 64", "samples = -64", "study.samples must be an integer >= 1"),
+        ("samples = 64", "samples = 0", "study.samples must be an integer >= 1"),
+        ("seq_len = 16", "seq_len = 4", "study.seq_len must be an integer >= 8"),
+        ('["decoder"]', '"decoder"', "study.architectures must be a list, each a string"),
+        ("rise = 0.0", "rise = nan", "study.rise must be a number >= 0"),
+        ("rise = 0.0", "weight_decay = -1", "study.weight_decay must be a number >= 0"),
+        ("rise = 0.0", "max_grad_norm = 0", "study.max_grad_norm must be a number > 0"),
+        ("rise = 0.0", "mask_fraction = 1.5", "study.mask_fraction must be a number > 0 and < 1"),
+        ("rise = 0.0", "bfloat16 = 1", "study.bfloat16 must be true or false"),
+        ("rise = 0.0", "pack_sequences = 0", "study.pack_sequences must be an integer >= 1"),
+        ("rise = 0.0", "pack_seconds = -1", "study.pack_seconds must be a number > 0"),
+        ("rise = 0.0", "more_warmups = [nan]", "study.more_warmups must be a list, each a number"),
+        ("base_warmup = 0.1", "base_warmup = nan", "study.base_warmup must be a number > 0 and <"),
+        ("max_lrs = 1", "max_lrs = 0", "study.max_lrs must be an integer >= 1"),
+        ("hidden_size = 16", "hidden_size = 1.5", "model.hidden_size must be an integer >= 1"),
+        ("hidden_size = 16", "hidden_size = 15", "model.hidden_size (15) must be a multiple"),
+        ("[4e-3]", "[nan]", "rules.adamw.lrs must be a list, each a number > 0"),
+        ("[4e-3]", "4e-3", "rules.adamw.lrs must be a list, each a number > 0"),
+        ("[4e-3]", "[inf]", "rules.adamw.lrs must be a list, each a number > 0"),
+        ("[4e-3]", "[4e-3]\neps = -1", "rules.adamw.eps must be a number > 0"),
+        ("[4e-3]", "[4e-3]\nbetas = [0.9]", "rules.adamw.betas must be a list of 2 values, each"),
+        ("[4e-3]", "[4e-3]\nbetas = [0.9, 1]", "rules.adamw.betas must be a list of 2 values, "),
+        ("[4e-3]", "[4e-3]\nlate = 1", "rules.adamw.late must be true or false"),
+        ('"adamw"', "1", "rules.adamw.optimizer must be a string"),
+        ("[rules.adamw]", "[rules]\nsecond = 3\n[rules.adamw]", "[rules.second] must be a section"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(
+    tmp_path: Path, old: str, new: str, wanted: str
+) -> None:
+    assert wanted in refused(tmp_path, old, new)
+
+
+def test_a_study_needs_rules_that_are_run_first(tmp_path: Path) -> None:
+    """Calibration and probe take theirs from them."""
+    rules = SMALL[SMALL.index("[rules.adamw]") :]
+    assert "at least one rule" in refused(tmp_path, rules, "[rules]\n")
+    assert "at least one rule" in refused(
+        tmp_path, rules, f"{rules.split('[rules.lamb]')[0]}late = true\n"
+    )
+    half = "[4e-3]\nhalf_life = true\nbase = "
+    assert "rules.adamw.base" in refused(tmp_path, "[4e-3]", half + '"adamw"\n')
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"rules = 3\nstudy = 1\nmodel = 2\n"])
+def test_what_is_no_study_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "study.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"study\.toml"):
+        load_study(path)
+
+
+def test_whole_numbers_may_stand_for_others(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(SMALL.replace("1e5", "100000").replace("rise = 0.0", "rise = 0"))
+    config = load_study(path)
+    assert (config.tokens_per_s, config.rise) == (1e5, 0.0)
+    assert all(type(value) is float for value in (config.tokens_per_s, config.rise))
+
+
+def test_too_few_samples_to_measure(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "study.toml"
+    config.write_text(
+        SMALL.replace("samples = 64", "samples = 16").replace("evals = 4", "evals = 1")
+    )
+    on = [str(config), "--out", str(tmp_path / "out"), "--data", str(made / "data")]
+    for command, named in (("probe", "study.samples"), ("calibrate", "study.samples")):
+        assert study.main([command, *on, "--device", "cpu"]) == 2
+        assert named in capsys.readouterr().err
