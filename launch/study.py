@@ -23,6 +23,7 @@ from pretraining.sources import CorpusError
 from studying import calibrate
 from studying.config import load_study
 from studying.data import DataError, load_data, make_data
+from studying.results import ResultsError
 from studying.training import Mode
 
 
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return _do(args)
-    except (ConfigError, DataError, CorpusError) as error:
+    except (ConfigError, DataError, CorpusError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -15,7 +15,7 @@ from studying import results, training
 from studying.config import StudyConfig, load_study
 from studying.results import Row, Run
 from studying.training import Job, Stopped, make_pack, train_rows
-from test_study import CONFIG, SMALL, made_up
+from test_study import CONFIG, SMALL, made_up, row_of
 from texts import write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -402,3 +402,132 @@ def test_too_few_samples_to_measure(
     for command, named in (("probe", "study.samples"), ("calibrate", "study.samples")):
         assert study.main([command, *on, "--device", "cpu"]) == 2
         assert named in capsys.readouterr().err
+
+
+def in_lines(path: Path, number: int, old: str, new: str) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new, 1)
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (",0.1,", ",", "23 fields, not 24"),
+        (",0.1,", ",0.1,0.1,", "25 fields, not 24"),
+        (",0.1,", ",ten,", "warmup is 'ten'"),
+        (",4,0.1,", ",4.5,0.1,", "batch is '4.5'"),
+        ("decoder,", '"decoder,', "1 fields, not 24"),
+        (" 16:", " 16;", "curve is '0:"),
+        (" 16:", " é:", "curve is '0:"),
+    ],
+)
+def test_a_damaged_row_is_an_error(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, problem: str
+) -> None:
+    path = out / "study.csv"
+    in_lines(path, 3, old, new)
+    before = path.read_bytes()
+    config = str(made / "study.toml")
+    on = ["--data", str(made / "data"), "--device", "cpu"]
+    for command in (["run", *on], ["report"], ["plot"], ["probe", *on]):
+        assert study.main([command[0], config, "--out", str(out), *command[1:]]) == 2
+        error = capsys.readouterr().err
+        assert f"error: {path}, line 3: {problem}" in error
+        assert "remove" in error
+    assert path.read_bytes() == before
+
+
+def test_rows_in_other_bytes_are_an_error(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = out / "study.csv"
+    path.write_bytes(path.read_bytes().replace(b"decoder", b"\xff\xfe", 1))
+    assert run(made, out) == 2
+    assert f"error: {path}, line 2: 'utf-8' codec" in capsys.readouterr().err
+
+
+def test_other_columns_are_an_error(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = out / "study.csv"
+    for content in ("a,b\n1,2\n", "a,b", "\n"):
+        path.write_text(content)
+        assert run(made, out) == 2
+        error = capsys.readouterr().err
+        assert f"error: {path} has other columns" in error
+        assert "another --out" in error
+        assert path.read_text() == content
+
+
+@pytest.mark.parametrize("kept", [1.5, 1, 0.5, 0])
+def test_a_file_cut_off_anywhere_is_gone_on_from(tmp_path: Path, kept: float) -> None:
+    """Whatever an interrupted write left: what is added next starts a line of its own."""
+    path = tmp_path / "study.csv"
+    rows = [row_of(RUNS[0], 3.0), row_of(RUNS[1], 3.5)]
+    results.append(path, rows)
+    header, *lines = path.read_text().splitlines(keepends=True)
+    if kept >= 1:
+        path.write_text(header + lines[0][: round((kept - 1) * len(lines[0]))])
+    else:
+        path.write_text(header[: round(kept * len(header))])
+    assert results.read(path) == {}
+    results.append(path, rows)
+    assert path.read_text() == "".join([header, *lines])
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path: Path) -> None:
+    """As some editors leave it."""
+    path = tmp_path / "study.csv"
+    results.append(path, [row_of(RUNS[0], 3.0)])
+    path.write_text(path.read_text().rstrip("\n"))
+    results.append(path, [row_of(RUNS[1], 3.5)])
+    assert list(results.read(path)) == list(RUNS)
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_a_report_of_nothing_is_an_error(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """A mistyped --out."""
+    missing, to = tmp_path / "missing", tmp_path / "to"
+    more = ["--to", str(to)] if command == "report" else []
+    assert study.main([command, str(made / "study.toml"), "--out", str(missing), *more]) == 2
+    assert f"error: {missing / 'study.csv'} is missing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["run", "calibrate", "probe"])
+@pytest.mark.parametrize("device", ["cpux", "cuda:7", "cuda", "meta", "", "cpu,cuda:7", "cpu:1"])
+def test_a_device_that_is_not_there_is_an_error(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, device: str
+) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    given = [command, str(made / "study.toml"), "--out", str(tmp_path / "out"), "--device", device]
+    assert study.main([*given, "--data", str(made / "data")]) == 2
+    wrong = device.split(",")[-1]
+    assert f"error: --device {wrong}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokens.xz", "meta.json"])
+def test_damaged_tokens_are_an_error(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(made / "data", tmp_path / "data")
+    path = tmp_path / "data" / name
+    for content in (path.read_bytes()[:100], b"", b"[]"):
+        path.write_bytes(content)
+        assert run(tmp_path, tmp_path / "out") == 2
+        assert f"error: {path} " in capsys.readouterr().err
+
+
+def test_text_too_short_for_a_sequence_is_an_error(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only that a worker could not start."""
+    changes = ("seq_len = 16", "seq_len = 8192"), ("embeddings = 16", "embeddings = 8192")
+    assert run(made, tmp_path / "out", *changes) == 2
+    assert "held-out sequences of 8192" in capsys.readouterr().err

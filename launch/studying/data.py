@@ -191,12 +191,18 @@ def check_data(folder: Path) -> dict[str, Any]:
     """``meta.json`` of ``folder``.
 
     Raises:
-        DataError: the folder lacks one of its files.
+        DataError: the folder lacks one of its files, or this one is damaged.
     """
     for name in (META, TOKENS):
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; make it with: study.py data")
-    found: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        whole = {"sha256", "vocabulary", "train_tokens"} <= dict(found).keys()
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{folder / META} is damaged; make both files anew")
     return found
 
 
@@ -208,7 +214,10 @@ def load_data(folder: Path, seq_len: int, held_out: int, device: torch.device) -
         DataError: no such data, other data than ``meta.json`` says, or too little.
     """
     meta = check_data(folder)
-    raw = lzma.decompress((folder / TOKENS).read_bytes())
+    try:
+        raw = lzma.decompress((folder / TOKENS).read_bytes())
+    except lzma.LZMAError:
+        raw = b""
     if hashlib.sha256(raw).hexdigest() != meta["sha256"]:
         raise DataError(f"{folder / TOKENS} is not what {META} describes; make both anew")
     if meta["vocabulary"] > 2**15:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pretraining.config import ConfigError
 
 from studying import identity
 from studying.config import StudyConfig
@@ -42,10 +43,19 @@ class Outcome:
 
 
 def devices(device: str) -> list[str]:
-    """``auto``: every visible GPU, else the CPU; or names with commas between."""
-    if device != "auto":
-        return device.split(",")
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    """``auto``: every visible GPU, else the CPU; or names with commas between.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "auto":
+        return gpus or ["cpu"]
+    names, known = device.split(","), ["cpu", *(["cuda"] if gpus else []), *gpus]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--device {name}: not on this machine, which has {', '.join(known)}")
+    return names
 
 
 def prepare_worker(names: multiprocessing.Queue[str], config: StudyConfig, folder: Path) -> None:
@@ -103,7 +113,9 @@ def run_study(
         The number of new rows.
 
     Raises:
-        ConfigError: ``out`` is another study's.
+        ConfigError: ``out`` is another study's, or ``device`` is not there.
+        DataError: no tokens in ``folder``.
+        ResultsError: damaged rows in ``out``.
     """
     deadline = time.time() + 60 * minutes
     names = devices(device)
