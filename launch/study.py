@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +33,20 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def _number(
+    kind: Callable[[str], float], wanted: str, fits: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """An option's type. A comparison with nan is false, so no ``fits`` takes it."""
+
+    def number(given: str) -> float:
+        with suppress(ValueError):
+            if fits(kind(given)):
+                return kind(given)
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {given}")
+
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,8 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("sources", nargs="+", help="stdlib, package:NAME or a folder")
     data.add_argument("--out", type=Path, default=Path("runs/study_data"))
     data.add_argument("--work", type=Path, default=Path("runs/study_work"))
-    data.add_argument("--vocab-size", type=int, default=4096)
-    data.add_argument("--held-out", type=float, default=0.02, help="share of the documents")
+    # Training keeps token ids in 15 bits.
+    vocabulary = _number(int, "256 to 32,768", lambda n: 256 <= n <= 2**15)
+    data.add_argument("--vocab-size", type=vocabulary, default=4096)
+    share = _number(float, "more than 0 and less than 1", lambda x: 0 < x < 1)
+    data.add_argument("--held-out", type=share, default=0.02, help="share of the documents")
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=about)
@@ -57,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         one = command(name, about)
         one.add_argument("--data", type=Path, default=Path("runs/study_data"))
-        one.add_argument("--minutes", type=float, default=minutes)
+        of_time = _number(float, "0 or more", lambda x: x >= 0)
+        one.add_argument("--minutes", type=of_time, default=minutes)
         one.add_argument("--device", default="auto", help="auto, cpu, or cuda:0,cuda:1")
         if name == "calibrate":
             one.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["graph"])

@@ -531,3 +531,38 @@ def test_text_too_short_for_a_sequence_is_an_error(
     changes = ("seq_len = 16", "seq_len = 8192"), ("embeddings = 16", "embeddings = 8192")
     assert run(made, tmp_path / "out", *changes) == 2
     assert "held-out sequences of 8192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--vocab-size", "100", "256 to 32,768"),
+        ("--vocab-size", "40000", "256 to 32,768"),
+        ("--vocab-size", "1e3", "256 to 32,768"),
+        ("--held-out", "2", "more than 0 and less than 1"),
+        ("--held-out", "0", "more than 0 and less than 1"),
+        ("--held-out", "nan", "more than 0 and less than 1"),
+        ("--minutes", "nan", "0 or more"),
+        ("--minutes", "-1", "0 or more"),
+    ],
+)
+def test_options_out_of_range_are_errors(
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    value: str,
+    wanted: str,
+) -> None:
+    config = [str(made / "study.toml"), "--out", str(tmp_path / "out")]
+    of_data = [*config[1:], str(made / "texts"), "--work", str(tmp_path / "work")]
+    commands = [["data", *of_data]]
+    if option == "--minutes":
+        commands = [[command, *config] for command in ("run", "calibrate", "probe")]
+    for command in commands:
+        with pytest.raises(SystemExit) as status:
+            study.main([*command, f"{option}={value}"])
+        assert status.value.code == 2
+        error = capsys.readouterr().err
+        assert f"error: argument {option}: must be {wanted}, got {value}" in error
+    assert list(tmp_path.iterdir()) == []
