@@ -7,7 +7,8 @@
     python launch/study.py report configs/study_large_batch.toml --out runs/study
 
 ``run`` works through the runs that the results so far ask for, the most important first, until its
-time is over; started again with the same ``--out`` it goes on. ``report`` needs the CSV alone.
+time is over; started again with the same ``--out`` it goes on. An ``--out`` with rows of another
+study is refused: ``study.json`` in it says what made them. ``report`` needs the CSV alone.
 """
 
 from __future__ import annotations
