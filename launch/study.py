@@ -7,13 +7,16 @@
     python launch/study.py report configs/study_large_batch.toml --out runs/study
 
 ``run`` works through the runs that the results so far ask for, the most important first, until its
-time is over; started again with the same ``--out`` it goes on. ``report`` needs the CSV alone.
+time is over; started again with the same ``--out`` it goes on. An ``--out`` with rows of another
+study is refused: ``study.json`` in it says what made them. ``report`` needs the CSV alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -23,11 +26,26 @@ from pretraining.sources import CorpusError
 from studying import calibrate
 from studying.config import load_study
 from studying.data import DataError, load_data, make_data
+from studying.results import ResultsError
 from studying.training import Mode
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _number(
+    kind: Callable[[str], float], wanted: str, fits: Callable[[float], bool]
+) -> Callable[[str], float]:
+    """An option's type. A comparison with nan is false, so no ``fits`` takes it."""
+
+    def number(given: str) -> float:
+        with suppress(ValueError):
+            if fits(kind(given)):
+                return kind(given)
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {given}")
+
+    return number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,8 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     data.add_argument("sources", nargs="+", help="stdlib, package:NAME or a folder")
     data.add_argument("--out", type=Path, default=Path("runs/study_data"))
     data.add_argument("--work", type=Path, default=Path("runs/study_work"))
-    data.add_argument("--vocab-size", type=int, default=4096)
-    data.add_argument("--held-out", type=float, default=0.02, help="share of the documents")
+    # Training keeps token ids in 15 bits.
+    vocabulary = _number(int, "256 to 32,768", lambda n: 256 <= n <= 2**15)
+    data.add_argument("--vocab-size", type=vocabulary, default=4096)
+    share = _number(float, "more than 0 and less than 1", lambda x: 0 < x < 1)
+    data.add_argument("--held-out", type=share, default=0.02, help="share of the documents")
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=about)
@@ -56,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         one = command(name, about)
         one.add_argument("--data", type=Path, default=Path("runs/study_data"))
-        one.add_argument("--minutes", type=float, default=minutes)
+        of_time = _number(float, "0 or more", lambda x: x >= 0)
+        one.add_argument("--minutes", type=of_time, default=minutes)
         one.add_argument("--device", default="auto", help="auto, cpu, or cuda:0,cuda:1")
         if name == "calibrate":
             one.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["graph"])
@@ -74,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return _do(args)
-    except (ConfigError, DataError, CorpusError) as error:
+    except (ConfigError, DataError, CorpusError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

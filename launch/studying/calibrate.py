@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretraining.config import ConfigError
 
 from studying.config import StudyConfig
 from studying.data import Sequences
@@ -18,6 +19,7 @@ from studying.results import Cell, Run
 from studying.training import Mode, Pack, make_pack
 
 FILE = "calibration.csv"
+_FEWEST_STEPS = 4  # two to warm up, two that are timed
 
 
 def together(config: StudyConfig) -> int:
@@ -131,7 +133,16 @@ def calibrate(
     seconds: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Measure until the time is over; every row is printed and appended to ``calibration.csv``."""
+    """Measure until the time is over; every row is printed and appended to ``calibration.csv``.
+
+    Raises:
+        ConfigError: runs are too short to be timed.
+    """
+    if config.steps(config.batches[-1]) < _FEWEST_STEPS:
+        raise ConfigError(
+            f"study.samples ({config.samples}): calibration needs {_FEWEST_STEPS} steps of batch "
+            f"{config.batches[-1]}"
+        )
     deadline = time.monotonic() + 60 * minutes
     rows: list[dict[str, Any]] = []
     path = out / FILE

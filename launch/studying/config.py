@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from pretraining.config import ConfigError, DataConfig, ModelConfig
+from pretraining.config import (
+    ConfigError,
+    Count,
+    DataConfig,
+    Fraction,
+    ModelConfig,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Probability,
+    Range,
+    describe,
+)
 
 from studying.optimizers import OPTIMIZERS
 
@@ -24,9 +36,9 @@ class RuleConfig:
     """
 
     optimizer: str
-    lrs: tuple[float, ...]
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
+    lrs: tuple[Positive, ...]
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Positive = 1e-6
     half_life: bool = False
     """Scale beta2 with the batch so that its half-life in tokens stays (arXiv 2507.07101). At the
     base batch that is the rule it is ``base`` of, whose runs are not made twice."""
@@ -44,35 +56,35 @@ class StudyConfig:
 
     name: str
     architectures: tuple[str, ...]
-    batches: tuple[int, ...]
+    batches: tuple[PositiveInt, ...]
     """Sequences a step; the first is the base batch."""
-    samples: int
+    samples: PositiveInt
     """Sequences of every run, whatever its batch."""
-    seeds: tuple[int, ...]
-    seq_len: int = 128
-    base_warmup: float = 0.003125
+    seeds: tuple[Count, ...]
+    seq_len: Annotated[int, Range(at_least=8)] = 128
+    base_warmup: Fraction = 0.003125
     """Share of the steps at the base batch; grows with the batch (linear-epoch warm-up)."""
-    more_warmups: tuple[float, ...] = ()
+    more_warmups: tuple[Fraction, ...] = ()
     """Tried at the largest batch around the best lr of each rule."""
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    rise: float = 0.1
+    weight_decay: NonNegative = 0.01
+    max_grad_norm: Positive = 1.0
+    rise: NonNegative = 0.1
     """Nats by which the loss must have risen on a side of the best lr: then that side shows."""
-    max_lrs: int = 12
+    max_lrs: PositiveInt = 12
     """Of one basin; it is not extended beyond."""
-    evals: int = 32
-    held_out: int = 1024
+    evals: PositiveInt = 32
+    held_out: PositiveInt = 1024
     """Held-out sequences of every evaluation."""
     bfloat16: bool = True
     """On GPUs forward and backward are in bfloat16; losses, weights and moments are
     float32, where a rule's optimizer does not say otherwise."""
-    pack_sequences: int = 1024
+    pack_sequences: PositiveInt = 1024
     """Runs are trained together as long as their batches hold at most this many sequences."""
-    pack_seconds: float = 120.0
+    pack_seconds: Positive = 120.0
     """... and their training takes about this long at most."""
-    tokens_per_s: float = 6e6
+    tokens_per_s: Positive = 6e6
     """Of one device, for the first packs; afterwards what was measured counts."""
-    mask_fraction: float = 0.15
+    mask_fraction: Fraction = 0.15
     model: ModelConfig
     rules: dict[str, RuleConfig]
 
@@ -100,6 +112,9 @@ class StudyConfig:
             raise ConfigError("model.max_position_embeddings is less than study.seq_len")
         if self.model.hidden_dropout_prob or self.model.attention_probs_dropout_prob:
             raise ConfigError("model dropout must be 0: runs are compared on the same arithmetic")
+        if all(rule.late or rule.half_life for rule in self.rules.values()):
+            # Calibration and probe take theirs from these.
+            raise ConfigError("rules: at least one rule must be neither late nor half_life")
         for name, rule in self.rules.items():
             if rule.optimizer not in OPTIMIZERS:
                 raise ConfigError(
@@ -109,7 +124,8 @@ class StudyConfig:
                 raise ConfigError(f"rules.{name}.lrs must be positive and grow")
             if any(abs(b / a - 2) > 1e-6 for a, b in zip(rule.lrs, rule.lrs[1:])):
                 raise ConfigError(f"rules.{name}.lrs must go up in factors of 2")
-            if rule.half_life and rule.base not in self.rules:
+            base = self.rules.get(rule.base)
+            if rule.half_life and (base is None or base.half_life):
                 raise ConfigError(f"rules.{name}.base must name the rule it is at the base batch")
 
     @property
@@ -146,7 +162,7 @@ def load_study(path: Path) -> StudyConfig:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # neither TOML nor UTF-8
         raise ConfigError(f"{path}: {error}") from None
     known = {"study", "model", "rules"}
     if set(content) != known:
@@ -155,21 +171,66 @@ def load_study(path: Path) -> StudyConfig:
         model = _made(ModelConfig, content["model"], "model")
         rules = {
             name: _made(RuleConfig, values, f"rules.{name}")
-            for name, values in content["rules"].items()
+            for name, values in _section(content["rules"], "rules").items()
         }
-        of = {"name": path.stem, **content["study"], "model": model, "rules": rules}
-        return _made(StudyConfig, of, "study")
+        of = {"name": path.stem, **_section(content["study"], "study")}
+        return _made(StudyConfig, of, "study", model=model, rules=rules)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _made(cls: type[Any], values: dict[str, Any], section: str) -> Any:
-    names = {f.name for f in fields(cls)}
-    unknown = set(values) - names
-    if unknown:
-        raise ConfigError(f"unknown key {section}.{unknown.pop()}; keys are {sorted(names)}")
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _section(values: Any, section: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"[{section}] must be a section, got {values!r}")
+    return values
+
+
+def _made(cls: type[Any], values: Any, section: str, **made: Any) -> Any:
+    """``cls`` of what the file has in ``section``, and of fields that are ``made`` already."""
+    hints = get_type_hints(cls, include_extras=True)
+    names = hints.keys() - made.keys()
+    found = {}
+    for key, value in _section(values, section).items():
+        if key not in names:
+            raise ConfigError(f"unknown key {section}.{key}; keys are {sorted(names)}")
+        try:
+            found[key] = _fitted(hints[key], value)
+        except (ValueError, OverflowError):
+            wanted = _described(hints[key])
+            raise ConfigError(f"{section}.{key} must be {wanted}, got {value!r}") from None
     try:
-        return cls(**frozen)
+        return cls(**found, **made)
     except TypeError as error:
         raise ConfigError(f"[{section}]: {error}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{section}.{error}") from None
+
+
+def _fitted(hint: Any, value: Any) -> Any:
+    """``value`` as ``hint`` asks; ValueError where it does not fit."""
+    args = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError
+        each = args[:1] * len(value) if args[-1] is ... else args
+        return tuple(_fitted(arg, item) for arg, item in zip(each, value, strict=True))
+    if get_origin(hint) is Annotated:
+        number = _fitted(args[0], value)
+        if number not in args[1]:
+            raise ValueError
+        return number
+    if hint is float and type(value) is int:
+        return float(value)
+    # True is an int to isinstance.
+    if type(value) is not hint:
+        raise ValueError
+    return value
+
+
+def _described(hint: Any) -> str:
+    args = get_args(hint)
+    if args and args[-1] is ...:
+        return f"a list, each {describe(args[0])}"
+    return describe(hint)

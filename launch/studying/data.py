@@ -15,8 +15,8 @@ import hashlib
 import json
 import lzma
 import re
-import shutil
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,37 +54,26 @@ def make_data(
     Args:
         sources: ``stdlib``, ``package:NAME`` (the ``.py`` files of an installed package) or a
             folder. Files of the kinds in ``SUFFIXES`` count, also with ``.gz``.
-        work: where the text is collected, and the tokens are cached.
+        work: where the text is collected, in a folder that is removed at the end, and the tokens
+            are cached.
     """
-    texts = work / "text"
-    shutil.rmtree(texts, ignore_errors=True)
-    seen: set[bytes] = set()
-    report = {}
-    for index, source in enumerate(sources):
-        files, kept = 0, 0
-        for file in _files(source):
-            text = _new_blocks(_read(file), seen)
-            if len(text) < 200:
-                continue
-            target = texts / f"{index:02}" / f"{files:06}.txt"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-            files, kept = files + 1, kept + len(text.encode())
-        if not files:
-            raise DataError(f"{source}: no text that is not in an earlier source")
-        # The folder it lay in says nothing to a reader elsewhere.
-        report[Path(source).name] = {"files": files, "bytes": kept}
-        say(f"{source}: {files:,} files, {kept:,} bytes after repeated paragraphs went")
-    config = DataConfig(
-        path=str(texts),
-        vocab_size=vocab_size,
-        seq_len=128,
-        held_out_fraction=held_out_fraction,
-        # Merges settle long before; the rest of the text would only cost time.
-        tokenizer_bytes=2**25,
-        cache_dir=str(work / "cache"),
-    )
-    cache = prepare_tokens(config, say)
+    if (out / META).exists() and not (out / TOKENS).exists():
+        # Ours never stands alone: tokens are written first.
+        raise DataError(f"{out / META} was not made by study.py data; give another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    # A folder that nobody else can have: it is removed afterwards.
+    with tempfile.TemporaryDirectory(prefix="text-", dir=work) as texts:
+        report = _collect(sources, Path(texts), say)
+        config = DataConfig(
+            path=texts,
+            vocab_size=vocab_size,
+            seq_len=128,
+            held_out_fraction=held_out_fraction,
+            # Merges settle long before; the rest of the text would only cost time.
+            tokenizer_bytes=2**25,
+            cache_dir=str(work / "cache"),
+        )
+        cache = prepare_tokens(config, say)
     train, held_out = (np.asarray(t, dtype="<u2") for t in (cache.train, cache.held_out))
     raw = np.concatenate([train, held_out]).tobytes()
     out.mkdir(parents=True, exist_ok=True)
@@ -108,6 +97,30 @@ def make_data(
         f"sha256 of the token ids {meta['sha256']}"
     )
     return meta
+
+
+def _collect(
+    sources: Sequence[str], texts: Path, say: Callable[[str], None]
+) -> dict[str, dict[str, int]]:
+    """Write the text of ``sources`` into ``texts``; files and bytes of each."""
+    seen: set[bytes] = set()
+    report = {}
+    for index, source in enumerate(sources):
+        files, kept = 0, 0
+        for file in _files(source):
+            text = _new_blocks(_read(file), seen)
+            if len(text) < 200:
+                continue
+            target = texts / f"{index:02}" / f"{files:06}.txt"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+            files, kept = files + 1, kept + len(text.encode())
+        if not files:
+            raise DataError(f"{source}: no text that is not in an earlier source")
+        # The folder it lay in says nothing to a reader elsewhere.
+        report[Path(source).name] = {"files": files, "bytes": kept}
+        say(f"{source}: {files:,} files, {kept:,} bytes after repeated paragraphs went")
+    return report
 
 
 def _files(source: str) -> Iterator[Path]:
@@ -178,12 +191,18 @@ def check_data(folder: Path) -> dict[str, Any]:
     """``meta.json`` of ``folder``.
 
     Raises:
-        DataError: the folder lacks one of its files.
+        DataError: the folder lacks one of its files, or this one is damaged.
     """
     for name in (META, TOKENS):
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; make it with: study.py data")
-    found: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        whole = {"sha256", "vocabulary", "train_tokens"} <= dict(found).keys()
+    except (ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{folder / META} is damaged; make both files anew")
     return found
 
 
@@ -195,7 +214,10 @@ def load_data(folder: Path, seq_len: int, held_out: int, device: torch.device) -
         DataError: no such data, other data than ``meta.json`` says, or too little.
     """
     meta = check_data(folder)
-    raw = lzma.decompress((folder / TOKENS).read_bytes())
+    try:
+        raw = lzma.decompress((folder / TOKENS).read_bytes())
+    except lzma.LZMAError:
+        raw = b""
     if hashlib.sha256(raw).hexdigest() != meta["sha256"]:
         raise DataError(f"{folder / TOKENS} is not what {META} describes; make both anew")
     if meta["vocabulary"] > 2**15:

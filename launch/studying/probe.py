@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretraining.config import ConfigError
 from torch import Tensor
 
+from studying import identity
 from studying.config import StudyConfig
 from studying.data import Sequences
 from studying.grid import basin, best_lr, first_lrs
@@ -57,8 +59,15 @@ def probe(
 ) -> None:
     """For each architecture, AdamW and LAMB at the middle batch and their best lrs, or the middle
     ones of the first sweep where there are no results yet; writes ``noise.csv`` and ``trust.csv``.
+
+    Raises:
+        ConfigError: ``out`` is another study's, or its runs are too short.
     """
+    if config.samples < 2 * _SMALL:
+        # The noise scale is told from gradients of two batch sizes.
+        raise ConfigError(f"study.samples ({config.samples}): a probe needs {2 * _SMALL}")
     results = read(out / FILE)
+    identity.claim(config, data.sha256, out, results, say)
     batch = config.batches[len(config.batches) // 2]
     for architecture in config.architectures:
         runs = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studying import calibrate, figures, probe, tables
 from studying.config import StudyConfig
-from studying.results import FILE, read
+from studying.results import FILE, ResultsError, read
 
 TEXT = "study.md"
 HEADING = "## Results"
@@ -18,7 +18,13 @@ def write(
     config: StudyConfig, source: Path, to: Path, *, text: bool, say: Callable[[str], None] = print
 ) -> None:
     """Draw the figures into ``to``; with ``text`` also write what follows "## Results" in its
-    ``study.md``. What stands above that heading stays."""
+    ``study.md``. What stands above that heading stays.
+
+    Raises:
+        ResultsError: no rows can be read.
+    """
+    if not (source / FILE).exists():
+        raise ResultsError(f"{source / FILE} is missing: --out must be the folder of a run")
     results = read(source / FILE)
     cells = tables.everything(config, results)
     drawn = figures.draw(

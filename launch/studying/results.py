@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 FILE = "study.csv"
+
+
+class ResultsError(ValueError):
+    """Rows that cannot be read; the message names the file, the line and the way out."""
 
 
 @dataclass(frozen=True, order=True)
@@ -96,14 +103,15 @@ _COLUMNS = [f.name for f in fields(Run)] + [f.name for f in fields(Row) if f.nam
 
 
 def append(path: Path, rows: list[Row]) -> None:
-    """Add rows; they are on the disk when this returns."""
+    """Add rows; they are on the disk when this returns. A last line that was cut off goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-    with path.open("a", newline="") as file:
+    whole = _whole(path) if path.exists() else b""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.truncate(len(whole))
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-        if not file.tell():
+        if not whole:
             writer.writeheader()
-        if cut_off:
+        elif not whole.endswith(b"\n"):
             file.write("\n")
         for row in rows:
             values = {**asdict(row.run), **{n: getattr(row, n) for n in _COLUMNS[6:]}}
@@ -115,31 +123,78 @@ def append(path: Path, rows: list[Row]) -> None:
         os.fsync(file.fileno())
 
 
+def _whole(path: Path) -> bytes:
+    """Content of ``path`` without a last line that an interrupted write cut off."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    last = content[end:].decode("utf-8", errors="replace")
+    if not end:
+        # Anything but our header may be another's file.
+        cut_off = ",".join(_COLUMNS).startswith(last)
+    else:
+        cut_off = len(next(csv.reader([last]), [])) < len(_COLUMNS)
+    return content[:end] if cut_off else content
+
+
 def read(*paths: Path) -> dict[Run, Row]:
     """The rows of all files, the later one where a run has two. A last line that was cut off by an
-    interruption is left out; its run is made again."""
+    interruption is left out; its run is made again.
+
+    Raises:
+        ResultsError: a file with other columns, or with a damaged row.
+    """
     found: dict[Run, Row] = {}
     for path in paths:
         if not path.exists():
             continue
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != _COLUMNS:
-                raise ValueError(f"{path} has other columns than {', '.join(_COLUMNS)}")
-            for values in reader:
-                if None not in values.values():
-                    row = _row(values)
+        number = 1
+        try:
+            lines = csv.reader(io.StringIO(_whole(path).decode("utf-8"), newline=""))
+            header = next(lines, _COLUMNS)
+            if header != _COLUMNS:
+                raise ResultsError(
+                    f"{path} has other columns than {', '.join(_COLUMNS)}; give another --out"
+                )
+            number = lines.line_num + 1
+            for given in lines:
+                if given:
+                    row = _row(given)
                     found[row.run] = row
+                number = lines.line_num + 1
+        except ResultsError:
+            raise
+        except (ValueError, csv.Error) as error:
+            if isinstance(error, UnicodeDecodeError):
+                number += error.object[: error.start].count(b"\n")
+            raise ResultsError(
+                f"{path}, line {number}: {error}; put it right or remove it: then its run is made "
+                "again"
+            ) from None
     return found
 
 
-def _row(values: dict[str, str]) -> Row:
-    def typed(cls: type, name: str) -> object:
-        kind = next(f.type for f in fields(cls) if f.name == name)
-        return {"int": int, "float": float}.get(str(kind), str)(values[name])
+def _points(text: str) -> tuple[tuple[int, float], ...]:
+    points = (point.split(":") for point in text.split())
+    return tuple((int(step), float(loss)) for step, loss in points)
 
-    run = Run(**{f.name: typed(Run, f.name) for f in fields(Run)})  # type: ignore[arg-type]
-    points = (point.split(":") for point in values["curve"].split())
-    curve = tuple((int(step), float(loss)) for step, loss in points)
-    rest = {n: typed(Row, n) for n in _COLUMNS[6:] if n != "curve"}
-    return Row(run=run, curve=curve, **rest)  # type: ignore[arg-type]
+
+_CONVERT: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "tuple[tuple[int, float], ...]": _points,
+}
+
+
+def _row(given: list[str]) -> Row:
+    if len(given) != len(_COLUMNS):
+        raise ValueError(f"{len(given)} fields, not {len(_COLUMNS)}")
+    types = {f.name: str(f.type) for f in (*fields(Run), *fields(Row))}
+    found: dict[str, Any] = {}
+    for name, text in zip(_COLUMNS, given):
+        try:
+            found[name] = _CONVERT[types[name]](text)
+        except ValueError:
+            raise ValueError(f"{name} is {text!r}") from None
+    run = Run(**{f.name: found.pop(f.name) for f in fields(Run)})
+    return Row(run=run, **found)

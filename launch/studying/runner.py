@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pretraining.config import ConfigError
 
+from studying import identity
 from studying.config import StudyConfig
-from studying.data import Sequences, check_data, load_data
+from studying.data import Sequences, load_data
 from studying.grid import next_pack, wanted
 from studying.results import FILE, Row, Run, append, read
 from studying.training import Job, Mode, Stopped, checkpoint_name, train_rows
@@ -41,10 +43,19 @@ class Outcome:
 
 
 def devices(device: str) -> list[str]:
-    """``auto``: every visible GPU, else the CPU; or names with commas between."""
-    if device != "auto":
-        return device.split(",")
-    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    """``auto``: every visible GPU, else the CPU; or names with commas between.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "auto":
+        return gpus or ["cpu"]
+    names, known = device.split(","), ["cpu", *(["cuda"] if gpus else []), *gpus]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--device {name}: not on this machine, which has {', '.join(known)}")
+    return names
 
 
 def prepare_worker(names: multiprocessing.Queue[str], config: StudyConfig, folder: Path) -> None:
@@ -100,12 +111,20 @@ def run_study(
 
     Returns:
         The number of new rows.
+
+    Raises:
+        ConfigError: ``out`` is another study's, or ``device`` is not there.
+        DataError: no tokens in ``folder``.
+        ResultsError: damaged rows in ``out``.
     """
     deadline = time.time() + 60 * minutes
-    check_data(folder)  # a pool would only say that a worker could not start
+    names = devices(device)
+    # Here, since a pool would only say that a worker could not start.
+    data = load_data(folder, config.seq_len, config.held_out, torch.device("cpu"))
     path = out / FILE
     results = read(path)
-    names = devices(device)
+    identity.claim(config, data.sha256, out, results, say)
+    del data
     queue: multiprocessing.Queue[str] = multiprocessing.get_context("spawn").Queue()
     for name in names:
         queue.put(name)

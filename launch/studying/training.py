@@ -23,6 +23,7 @@ from pretraining.masking import stream_key
 from pretraining.tokens import MASK_ID, SPECIAL_TOKENS
 from torch import Tensor
 
+from studying import identity
 from studying.config import StudyConfig
 from studying.data import Sequences
 from studying.grid import dtype_of, pack_key
@@ -113,6 +114,7 @@ class Pack:
         self.device = device = data.train.device
         half = config.bfloat16 and device.type == "cuda"
         self._say, self.mode = say, mode
+        self._identity = identity.of(config, data.sha256, sorted({run.rule for run in runs}))
 
         of = architecture, config.model, config.data(data.vocabulary)
         self._loss = stacked_loss(*of, device, torch.bfloat16 if half else torch.float32)
@@ -271,8 +273,9 @@ class Pack:
         points = [round(self.steps * k / self.config.evals) for k in range(self.config.evals + 1)]
         curves: list[list[tuple[int, float]]] = [[] for _ in self.runs]
         done, seconds = 0, 0.0
-        if checkpoint and checkpoint.exists():
-            done, seconds, curves = self._load(checkpoint)
+        saved_before = self._read(checkpoint) if checkpoint and checkpoint.exists() else None
+        if saved_before:
+            done, seconds, curves = self._load(saved_before)
         saved = time.monotonic()
         for point in points:
             if curves[0] and point <= done:
@@ -306,6 +309,7 @@ class Pack:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(
             {
+                "identity": self._identity,
                 "done": done,
                 "seconds": seconds,
                 "curves": curves,
@@ -316,8 +320,26 @@ class Pack:
         )
         part.replace(path)
 
-    def _load(self, path: Path) -> tuple[int, float, list[list[tuple[int, float]]]]:
-        saved = torch.load(path, weights_only=True)
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """What :meth:`_save` wrote; None, with a line that says why, where it is of no use."""
+        try:
+            saved: dict[str, Any] = torch.load(path, weights_only=True)
+            alike = saved.get("identity") == self._identity
+            if alike:
+                # Compared before any is copied: half of a checkpoint would be trained on.
+                own = {**self.params, **dict(self._states()), "losses": self._losses}
+                found = {**saved["tensors"], "losses": saved["losses"]}
+                if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in own.items()}:
+                    raise ValueError("other tensors than this pack's")
+                return saved
+            problem = "is of another study or version"
+        except Exception as error:
+            # Damaged files fail with errors of many types.
+            problem = f"is damaged ({type(error).__name__})"
+        self._say(f"{path} {problem}: its {len(self.runs)} runs are trained from the start")
+        return None
+
+    def _load(self, saved: dict[str, Any]) -> tuple[int, float, list[list[tuple[int, float]]]]:
         tensors = {**self.params, **dict(self._states())}
         with torch.no_grad():
             for name, t in tensors.items():
@@ -363,8 +385,9 @@ def make_pack(
                 f"warning: mode {attempt} failed for {architecture}, trying a plainer one: "
                 f"{type(error).__name__}: {first}"
             )
-            with suppress(RuntimeError):
-                torch.cuda.synchronize()
+            if data.train.is_cuda:
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize()
     raise AssertionError("unreachable")
 
 
