@@ -407,7 +407,8 @@ def test_a_reader_that_has_seen_enough(saved: Path, command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, "-m", "dist_lamb", command, str(saved)]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
 
