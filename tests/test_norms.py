@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 def _replicas_add_in_rank_order(rank: int, mesh: DeviceMesh) -> None:
     norms = DTensorNorms([distribute_tensor(torch.ones(3), mesh, [Shard(0)])])
-    norms._axes[0]._comm.replicated = True
+    norms._axes[0].comm.replicated = True
     # 1 + 1e-16 + 1e-16 is 1, and 1e-16 + 1e-16 + 1 is not
     columns = torch.tensor([[1.0, 1e-16], [1e-16, 1e-16], [1e-16, 1.0]], dtype=torch.float64)
     with CommDebugMode() as comm:
