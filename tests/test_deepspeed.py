@@ -13,6 +13,9 @@ import torch
 from deepspeed_runs import Case, Run, last_norms, launched, plain, plain_state, worst_error
 from ranks import run_ranks
 
+from dist_lamb.options import reads
+from dist_lamb.rules import RULES as ALL_RULES
+
 pytestmark = [
     pytest.mark.xdist_group("programs"),
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
@@ -255,6 +258,12 @@ def _move(rank: int, world: int) -> None:
         assert counted["fc.weight"] == 4 - (1 in saving.absent_at)
         second = Run(loading, rank, world, scale=1.5)
         second.load_model(params)
+        # Every group's betas may have been cycled, also where the rule has none.
+        groups = [{**g, "betas": (0.85, 0.999)} for g in saved["param_groups"]]
+        second.optimizer.load_full_optimizer_state_dict({**saved, "param_groups": groups})
+        for group in second.optimizer.param_groups:
+            has = reads(ALL_RULES[group["rule"]], "betas")
+            assert group["betas"] == ((0.85, 0.999) if has else (0.9, 0.999))
         second.optimizer.load_full_optimizer_state_dict(saved)
         again = second.optimizer.full_optimizer_state_dict()
         for i, entry in saved["state"].items():

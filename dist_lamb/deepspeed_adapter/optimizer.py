@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import options, rules
+from .. import foreign, options, rules
 from ..base import SKIPPED, Closure, LambBase, ParamsT
 from ..deepspeed_marks import taken_by_zero
 from ..kernels.segments import GRAD_SQ
@@ -409,7 +409,8 @@ class DeepSpeedLamb(LambBase):
 
         Raises ``ValueError`` naming what does not fit; nothing is changed then.
         """
-        groups, saved = state_dict["param_groups"], state_dict["state"]
+        given = foreign.understood(state_dict, self.param_groups)
+        groups, saved = given["param_groups"], given["state"]
         sizes = [hi - lo for lo, hi in pairwise(self._starts) if lo < hi]
         if [len(group["params"]) for group in groups] != sizes:
             raise ValueError(
@@ -417,10 +418,8 @@ class DeepSpeedLamb(LambBase):
                 f"groups of {sizes}"
             )
         for i, (group, own) in enumerate(zip(groups, self.param_groups)):
-            defaults = {**self.defaults, **options.owned(own)}
-            whole_group = options.completed(options.owned(group), defaults)
-            options.check_group(whole_group)
-            other, rule = rules.of(whole_group), rules.of(own)
+            options.check_group(options.completed(group, self.defaults))
+            other, rule = rules.of(group), rules.of(own)
             if other is not rule:
                 raise ValueError(
                     f"loaded param group {i} is of rule {other.name!r} with {list(other.states)}, "
