@@ -55,7 +55,7 @@ class ShardedBase(LambBase):
             raise RuntimeError(
                 f"{name} is a DTensor, sharded already; ShardedLamb shards plain tensors itself"
             )
-        device = next(iter(self._all_params())).device
+        device = next(p for group in self.param_groups for p in group["params"]).device
         if p.device != device:
             raise RuntimeError(
                 f"all params must be on one device; {name} is on {p.device}, others on {device}"
