@@ -46,15 +46,19 @@ from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, t
 from pretraining.config import ConfigError, PretrainConfig, load_config
 from pretraining.engine_base import Engine
 from pretraining.engines import build_engine
+from pretraining.jsonlines import LogError
 from pretraining.masking import Masking, stream_key
 from pretraining.model import build_model, compile_layers, train_flops
 from pretraining.ranks import Ranks, StopRequest, check_restarts, started
 from pretraining.report import (
+    LOG_NAME,
+    TENSORS_LOG_NAME,
     HeldOutRow,
-    LogError,
     Report,
     TrainRow,
     open_report,
+    read_log,
+    read_tensors_log,
     summarize_trust,
 )
 from pretraining.schedule import scaled_lr, warmup_steps
@@ -101,11 +105,11 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
     first_step, changes = 0, []
     if saved:
         first_step, changes = checkpoint.resume(saved, config, tokens.digest, engine, parts)
-    else:
-        # Only now: what was wrong until here has left the checkpoints of an earlier run alone.
-        ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
 
     with _report(config, tokens, ranks, first_step) as report, StopRequest() as request:
+        if not saved:
+            # Only now: what was wrong until here has left the checkpoints of an earlier run alone.
+            ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
         report.say(tokens.describe())
         report.say(describe(config, model, batches, ranks))
         if hint:
@@ -392,14 +396,17 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
         }
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            tensors = bool(config.train.tensors_every)
-            report = open_report(run_dir, first_step, config.train.steps, tensors)
-            if not first_step:
-                for name in (curves.FILE_NAME, telemetry.PICTURE_NAME):
-                    (run_dir / name).unlink(missing_ok=True)
+            if first_step:
+                # Refuses damaged ones before anything is changed.
+                read_log(run_dir / LOG_NAME)
+                read_tensors_log(run_dir / TENSORS_LOG_NAME)
             (run_dir / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
             shutil.copyfile(tokens.directory / "tokenizer.json", run_dir / "tokenizer.json")
-            return report
+            if not first_step:
+                for name in (curves.FILE_NAME, telemetry.PICTURE_NAME, TENSORS_LOG_NAME):
+                    (run_dir / name).unlink(missing_ok=True)
+            tensors = bool(config.train.tensors_every)
+            return open_report(run_dir, first_step, config.train.steps, tensors)
         except OSError as error:
             raise ConfigError(f"train.run_dir: {error.filename}: {error.strerror}") from error
 

@@ -46,6 +46,9 @@ def test_checkpoints_stay_until_all_that_starts_a_run_is_known(
         ("train.noise_every=1 train.micro_batch=16", "train.noise_every compares two"),
     ):
         assert text in refused(config, run, capsys, *anew, *wrong.split())
+    (run / "run.json").unlink()
+    (run / "run.json").mkdir()
+    assert "run.json: Is a directory" in refused(config, run, capsys, *anew)
 
 
 # --- logs ----------------------------------------------------------------------------------------

@@ -171,15 +171,9 @@ def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool 
     Raises:
         LogError: a log that is there cannot be continued.
     """
-    log, tensors_log = run_dir / LOG_NAME, run_dir / TENSORS_LOG_NAME
-    if first_step:
-        # Before anything is changed.
-        read_log(log)
-        read_tensors_log(tensors_log)
-    else:
-        tensors_log.unlink(missing_ok=True)
-    outlets: list[Outlet] = [Log(log, first_step)]
+    outlets: list[Outlet] = [Log(run_dir / LOG_NAME, first_step)]
     outlets.append(TensorBoard(run_dir / "tensorboard", first_step))
+    tensors_log = run_dir / TENSORS_LOG_NAME
     if tensors or tensors_log.exists():
         outlets.append(TensorsLog(tensors_log, first_step))
     return Report([*outlets, terminal(first_step, total_steps)])
