@@ -20,6 +20,7 @@ without that report.)
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -416,6 +417,10 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
 @record
 def main(argv: Sequence[str] | None = None) -> None:
     about = "BERT pretraining with LAMB, on as many ranks as torchrun starts."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal does not have must not end one rank.
+            stream.reconfigure(errors="backslashreplace")
     try:
         config = load_config(*command_line.parse(argv, about))
         with started(config.train) as ranks, checkpoint.claimed(config.run_dir, ranks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -137,6 +138,32 @@ def test_a_full_disk_ends_a_run_with_a_checkpoint(config: Path, tmp_path: Path) 
     assert steps == [1, *range(4, STEPS + 1)]
 
 
+def test_a_name_that_is_no_formula_and_no_ascii(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """matplotlib reads what is between dollars as a formula, which this name is none of; and a
+    terminal without umlauts raised an error: on rank 0 alone."""
+    run = tmp_path / "Größe $USER_$JOB"
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    run_here(config, run, "train.steps=2", "train.log_every=1", "train.tensors_every=1")
+    out.flush()
+    assert b"/Gr\\xf6\\xdfe $USER_$JOB/" in out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert {"curves.png", "trust_ratios.png"} <= {path.name for path in run.iterdir()}
+    with pytest.raises(ConfigError, match=r"train\.run_dir must be a string, got '\\udcff'"):
+        load_config(config, ["train.run_dir=\udcff"])
+
+
+def test_an_error_of_no_known_kind(capsys: Any) -> None:
+    """In drawing, say: the checkpoints are there, and the other ranks must not wait."""
+    report = Report([])
+    with report.writing("the picture"):
+        raise KeyError("colour")
+    with pytest.raises(LogError, match=r"^the picture: KeyError: 'colour'; correct that"):
+        report.check()
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_the_first_problem_counts() -> None:
     report = Report([])
     report.check()
@@ -228,6 +255,11 @@ def test_linked_folders_are_text_too(tmp_path: Path) -> None:
     (outer / "deep" / "up").symlink_to(outer)
     (inner / "self").symlink_to(inner)
     (inner / "nothing").symlink_to(tmp_path / "absent")
+    tangle = [outer / "deep" / str(i) for i in range(12)]
+    for folder in tangle:
+        folder.mkdir()
+        for i, other in enumerate(tangle):
+            (folder / f"to {i}").symlink_to(other)
     found = read_corpus(str(inner), 1024)
     assert [document.path.read_text() for document in found.documents] == ["one", "two"]
     assert found.files == 2

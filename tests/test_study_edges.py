@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -475,6 +476,24 @@ def test_a_file_cut_off_anywhere_is_gone_on_from(tmp_path: Path, kept: float) ->
     assert results.read(path) == {}
     results.append(path, rows)
     assert path.read_text() == "".join([header, *lines])
+
+
+def _appends(path: Path, run: Run) -> None:
+    for _ in range(150):
+        results.append(path, [row_of(run, 3.0)])
+
+
+def test_two_processes_append_to_one_file(tmp_path: Path) -> None:
+    """What one wrote while the other looked for a line that was cut off was lost."""
+    path = tmp_path / "study.csv"
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=_appends, args=(path, run)) for run in RUNS[:2]]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert path.read_bytes().count(b"\n") == 1 + 2 * 150
+    assert set(results.read(path)) == set(RUNS[:2])
 
 
 def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path: Path) -> None:

@@ -425,6 +425,8 @@ def _converted(hint: Any, value: Any) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ValueError
+    if hint is str:
+        value.encode()  # what cannot be written as text cannot be reported either
     return value
 
 

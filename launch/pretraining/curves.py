@@ -40,7 +40,8 @@ def draw(run_dir: Path, title: str) -> Path:
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(9, 8), sharex=True, layout="constrained", dpi=130
     )
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=13)
+    # A run may be named after variables that nobody expanded, $USER_$JOB: that is no formula.
+    figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=13, parse_math=False)
     _draw_losses(upper, train, held_out)
     _draw_trust(lower, [row for row in train if row["trust"]])
     lower.set_xlabel("step")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -132,17 +133,18 @@ class Report:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """As a context: an ``OSError`` of what writes ``name`` becomes the :attr:`problem`, and a
-        ``LogError``."""
+        """As a context: an error of what writes ``name`` becomes the :attr:`problem`."""
         try:
             yield
+            return
         except LogError as error:
-            self.problem = self.problem or error
+            problem = error
         except OSError as error:
-            self.problem = self.problem or LogError(
-                f"{error.filename or name}: {error.strerror or error}; correct that and start "
-                "again: the run goes on from its last checkpoint"
-            )
+            problem = _unwritten(error.filename or name, error.strerror or str(error))
+        except Exception as error:
+            traceback.print_exc()  # nobody has thought of this one
+            problem = _unwritten(name, f"{type(error).__name__}: {error}")
+        self.problem = self.problem or problem
 
     def check(self) -> None:
         """Raise the :attr:`problem`, if there is one."""
@@ -161,6 +163,12 @@ class Report:
         self._each(lambda outlet: outlet.close())
 
 
+def _unwritten(name: str, why: str) -> LogError:
+    return LogError(
+        f"{name}: {why}; correct that and start again: the run goes on from its last checkpoint"
+    )
+
+
 def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool = False) -> Report:
     """Rank 0's report. Rows of steps after ``first_step``, written by a run that got further than
     its last checkpoint, are removed.
@@ -171,8 +179,9 @@ def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool 
     Raises:
         LogError: a log that is there cannot be continued.
     """
-    outlets: list[Outlet] = [Log(run_dir / LOG_NAME, first_step)]
-    outlets.append(TensorBoard(run_dir / "tensorboard", first_step))
+    # First what may fail, since the others empty their files where a run starts over.
+    outlets: list[Outlet] = [TensorBoard(run_dir / "tensorboard", first_step)]
+    outlets.append(Log(run_dir / LOG_NAME, first_step))
     tensors_log = run_dir / TENSORS_LOG_NAME
     if tensors or tensors_log.exists():
         outlets.append(TensorsLog(tensors_log, first_step))

@@ -130,7 +130,7 @@ def _find_files(path: str) -> tuple[str, list[Path]]:
     if expanded.is_dir():
         # Hidden files below the folder are version control and editors' own; the folder's own
         # path may well contain a dot-name.
-        found = list(_below(expanded, frozenset()))
+        found = list(_below(expanded, set()))
     elif expanded.exists():
         found = [expanded]
     else:
@@ -142,17 +142,17 @@ def _find_files(path: str) -> tuple[str, list[Path]]:
     return str(expanded), files
 
 
-def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """What is not hidden in a folder, also behind links to other folders, as with a glob; but not
-    where a link leads back up to one of the folders ``above``."""
-    own = folder.resolve()
-    if own in above:
+def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """What is not hidden in a folder, also behind links to other folders, each folder once."""
+    if folder.resolve() in seen:
         return
-    for path in folder.iterdir():
+    seen.add(folder.resolve())
+    # Links last, so that a folder has its own name where it has one.
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _below(path, above | {own})
+            yield from _below(path, seen)
         else:
             yield path
 

@@ -109,7 +109,8 @@ def draw_heat_map(run_dir: Path) -> Path | None:
             axes.axhline(i - 0.5, color="white", linewidth=0.4)
     bar = figure.colorbar(image, ax=axes, extend="both", pad=0.01, format="{x:g}")
     bar.set_label("trust ratio ||x|| / ||u||")
-    axes.set_title(f"trust ratio of each weight matrix: {run_dir.name}", loc="left", fontsize=11)
+    title = f"trust ratio of each weight matrix: {run_dir.name}"
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     path = run_dir / PICTURE_NAME
     part = path.with_name(f".{PICTURE_NAME}.part")
     figure.savefig(part, format="png")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,13 @@ _COLUMNS = [f.name for f in fields(Run)] + [f.name for f in fields(Row) if f.nam
 def append(path: Path, rows: list[Row]) -> None:
     """Add rows; they are on the disk when this returns. A last line that was cut off goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = _whole(path) if path.exists() else b""
     with path.open("a", newline="", encoding="utf-8") as file:
-        file.truncate(len(whole))
+        # Another process with this --out may write as well: not between reading and truncating.
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        whole = _whole(path)
+        if len(whole) < path.stat().st_size:
+            file.truncate(len(whole))
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         if not whole:
             writer.writeheader()
