@@ -96,7 +96,7 @@ class LambBase(LastStep, Optimizer):
             if name in options.RULE_DEFAULTS or name in options.TORCH_FLAGS
         }
         known = options.rule_named(rule).options
-        own = [*defaults, *known, "impl", "track_grad_norm"]
+        own = list(dict.fromkeys([*defaults, *known, "impl", "track_grad_norm"]))
         foreign.refuse_unknown(type(self).__name__, of_rule.keys() - known.keys(), own)
         self.impl = options.resolve_impl(impl, foreach, fused)
         self.track_grad_norm = track_grad_norm

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParamsT
-from .sharding.comm import Comm, ProcessGroup, is_dtensor
+from .sharding.comm import Comm, ProcessGroup, Weak, is_dtensor
 from .state import scalar_of, state_dtype
 
 
@@ -84,13 +84,14 @@ def _tensors(given: Any) -> list[Tensor]:
 class GradientNoiseScale:
     """Measures the noise scale of a training, in the steps that are chosen for it::
 
+        opt = Lamb(model, track_grad_norm=True)              # or ShardedLamb
         noise = GradientNoiseScale(model, small_batch=32, big_batch=32 * world * accumulate)
         for step in range(steps):
             if step % 16 == 0:
                 with noise.watch(1 / accumulate):        # the first micro-batch
                     (loss(model(x), y) / accumulate).backward()
             ...                                          # the other micro-batches
-            opt.step()                                   # Lamb or ShardedLamb
+            opt.step()
             if step % 16 == 0:
                 noise.update(opt.grad_norm())
         noise.mean().scale                               # samples
@@ -133,7 +134,7 @@ class GradientNoiseScale:
         self._small, self._big = small_batch, big_batch
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         gradient_noise_scale(zero, zero, small_batch, big_batch)
-        self._decay, self._group = decay, process_group
+        self._decay, self._group = decay, Weak(process_group)
         self._watched: Tensor | None = None
         self._sums: Tensor | None = None
 
@@ -177,7 +178,7 @@ class GradientNoiseScale:
         if self._watched is None:
             raise RuntimeError("no backward ran inside of watch() since the last update()")
         # Of all ranks, also of those with another mesh axis: the mean of small batches.
-        comm = Comm(self._group)
+        comm = Comm(self._group.get())
         small_sq = comm.all_reduce_sum(self._watched) / comm.num_ranks
         self._watched = None
         big_sq = scalar_of(grad_norm, torch.float64).to(small_sq.device).square()

@@ -158,7 +158,8 @@ def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
         if name not in group or reads(rule, name):
             continue
         if name not in RULE_DEFAULTS or not _is_neutral(name, group[name]):
-            raise ValueError(f"rule {rule.name!r} has no option {name}")
+            way_out = "make it 0 in this group" if name == "weight_decay" else "leave it out"
+            raise ValueError(f"rule {rule.name!r} has no option {name}; {way_out}")
     own: dict[str, Any] = {}
     for name, value in {**rule.options, **RULE_DEFAULTS}.items():
         own[name] = defaults.get(name, value) if reads(rule, name) else neutral(name)
@@ -183,7 +184,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in (*RULE_DEFAULTS, *rule.options):
         if name not in group and name not in ("rule", "amsgrad"):  # they say what there is
             raise ValueError(
-                f"A param group lacks the option {name}; add_param_group() fills it in"
+                f"A param group lacks the option {name}, which rule {rule.name!r} has; put it into "
+                "the group (a new one gets it by add_param_group())"
             )
     lr = group["lr"]
     if isinstance(lr, Tensor):

@@ -55,7 +55,8 @@ class ShardedLamb(ShardedBase):
         lr, betas, eps, weight_decay, and keyword options: as for :class:`dist_lamb.Lamb`.
         stage: 1 reduces gradients in ``step()`` and keeps ``p.grad``, this rank's own: what it
             holds then counts. 2 frees each as soon as its bucket is reduced, so that ``p.grad`` is
-            None after backward and two bucket buffers hold all that is on its way.
+            None after backward and two bucket buffers hold all that is on its way; not so before
+            the first step, which makes these buffers and reduces what is in ``p.grad``.
         process_group: the ranks to shard over; default all, also where the group is made after the
             optimizer, before its first use. "self": this rank alone, beside others or not. Or
             ``mesh``, a DeviceMesh of one axis (shard) or two (replicate, shard): then gradients are
@@ -295,6 +296,7 @@ class ShardedLamb(ShardedBase):
             left = True
         if reducer is not None:
             what += f" {reducer.rounds.described()}"
+        what += self._changed_options()
         left = lockstep.meet(what, left)
         self._steps += 1
         return left

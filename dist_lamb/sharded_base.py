@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LambBase
-from .sharded_state import ShardedState, described_setup
+from .sharded_state import ShardedState, compared_options, described_setup
 from .sharding.buffers import FlatBuffers
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
 from .sharding.comm_stream import CommStream
@@ -40,6 +40,8 @@ class ShardedBase(LambBase):
     #: params in the order of first arrival, for as long as there are no buffers
     _used: dict[int, None]
     _numbered: list[Tensor]
+    #: by group, the options that ranks have compared
+    _agreed: list[dict[str, Any]]
     #: whether a step has looked at params that it cannot take
     _looked: bool
     #: whether a newer optimizer has the params
@@ -71,6 +73,7 @@ class ShardedBase(LambBase):
             return
         self._members.lockstep.meet("add_param_group()")
         self._members.require_same(self._described(), self._all_params())
+        self._agreed = list(map(compared_options, self.param_groups))
         self._comm.broadcast_all(self.param_groups[-1]["params"])
         if self._kept is not None:
             self._lay_out_anew(self._kept)
@@ -91,8 +94,21 @@ class ShardedBase(LambBase):
             module = self._module and self._module()
             buffers = module.buffers() if module else ()
             members.join(self._described(), self._all_named(), buffers)
+            self._agreed = list(map(compared_options, self.param_groups))
             assert members.lockstep is not None
         return members.lockstep
+
+    def _changed_options(self) -> str:
+        """Those that are others than when the ranks last compared all of them."""
+        if self._comm.num_ranks == 1:
+            return ""
+        changed = [
+            f"{name}={value!r} in group {i}"
+            for i, (group, agreed) in enumerate(zip(self.param_groups, self._agreed))
+            for name, value in compared_options(group).items()
+            if value != agreed.get(name)
+        ]
+        return f" with {', '.join(changed)}" if changed else ""
 
     @property
     def _comm(self) -> Comm:

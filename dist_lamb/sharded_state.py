@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rules
+from . import options, rules
 from .base import SKIPPED, count_here
 from .fingerprint import Fingerprint
 from .kernels import make_update
@@ -24,7 +24,7 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
-    """What must be the same on all ranks: params, and which options each group has."""
+    """What must be the same on all ranks, an item each: params, and the options of each group."""
     described = []
     for name, p in chain.from_iterable(named_groups):
         spec = spec_of(name, p)
@@ -32,11 +32,19 @@ def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
             f"{name} {spec.shape} {spec.stride} {spec.dtype} requires_grad={p.requires_grad}"
         )
     for i, group in enumerate(groups):
-        without = ("params", "param_names", "lr", SKIPPED)
-        kept = {k: v for k, v in group.items() if k not in without}
-        kept["lr"] = float(group["lr"])
-        described.append(f"group {i} of {len(group['params'])} params with {kept}")
+        described.append(f"{len(group['params'])} params in group {i}")
+        kept = {**group, "lr": float(group["lr"])}
+        for name in sorted(kept.keys() - {"params", "param_names", SKIPPED}):
+            described.append(f"{name}={kept[name]!r} in group {i}")
     return described
+
+
+def compared_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step reads of a group, and ranks must have alike: without an lr on a GPU, which the
+    host would have to wait for."""
+    lr = group["lr"]
+    on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    return {**options.owned(group), "lr": None if on_gpu else float(lr)}
 
 
 def gradient_problem(named: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 if __name__ == "__main__":
@@ -81,11 +81,11 @@ class Diverged(RuntimeError):
 def train(config: PretrainConfig, ranks: Ranks) -> None:
     """The whole run, from the text to the chart. Every rank calls it."""
     began = time.monotonic()
+    hint = check_restarts(config.train)
     tokens = _shared_tokens(config, ranks)
     masking = Masking(fraction=config.data.mask_fraction, vocabulary=tokens.vocabulary)
     batches, held_out = _batches(config, tokens, masking, ranks)
 
-    hint = check_restarts(config.train)
     saved = ranks.together(lambda: checkpoint.find(config))
     if not ranks.same(str(saved)):
         raise ConfigError(
@@ -409,7 +409,8 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
             tensors = bool(config.train.tensors_every)
             return open_report(run_dir, first_step, config.train.steps, tensors)
         except OSError as error:
-            raise ConfigError(f"train.run_dir: {error.filename}: {error.strerror}") from error
+            name = error.filename2 or error.filename
+            raise ConfigError(f"train.run_dir: {name}: {error.strerror}") from error
 
     return ranks.together(opened, of=ranks.rank == 0) or Report([])
 
@@ -436,4 +437,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+        with suppress(CheckpointError):
+            wait()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Python does not end here: the process group is still there, and a thread of gloo that lets
+        # go of a tensor meanwhile would abort, with pages on the terminal.
+        os._exit(2)

@@ -73,13 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
     for name, about, minutes in (
         ("run", "train what is wanted next, until the time is over", 9.0),
         ("calibrate", "tokens/s of packs of several sizes", 1.5),
-        ("probe", "noise scale and trust ratios along two runs", 2.0),
+        ("probe", "noise scale and trust ratios along two runs", None),
     ):
         one = command(name, about)
         one.add_argument("--data", type=Path, default=Path("runs/study_data"))
-        of_time = _number(float, "0 or more", lambda x: x >= 0)
-        one.add_argument("--minutes", type=of_time, default=minutes)
-        one.add_argument("--device", default="auto", help="auto, cpu, or cuda:0,cuda:1")
+        if minutes is not None:
+            of_time = _number(float, "0 or more", lambda x: x >= 0)
+            one.add_argument("--minutes", type=of_time, default=minutes)
+        several = ", or several: cuda:0,cuda:1" if name == "run" else ""
+        one.add_argument("--device", default="auto", help=f"auto, cpu, cuda:0{several}")
         if name == "calibrate":
             one.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["graph"])
         else:

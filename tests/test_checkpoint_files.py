@@ -401,6 +401,33 @@ def test_inspect_verify_export(saved: Path, tmp_path: Path, capsys: Any) -> None
     assert "safetensors" in sys.modules
 
 
+ENDS = """
+import sys, torch, torch.distributed as dist
+from dist_lamb import ShardedLamb, checkpoint
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.Linear(500, 500)
+optimizer = ShardedLamb(model)
+model(torch.ones(2, 500)).sum().backward()
+optimizer.step()
+checkpoint.save_async(sys.argv[1], 1, model, optimizer)
+dist.destroy_process_group()
+"""
+
+
+def test_a_script_that_ends_without_waiting(tmp_path: Path) -> None:
+    """The last checkpoint is written all the same, or its error is printed."""
+    (tmp_path / "file").write_text("")
+    done = [
+        subprocess.run([sys.executable, "-c", ENDS, path], capture_output=True, text=True)
+        for path in (tmp_path / "saved", tmp_path / "file")
+    ]
+    assert [each.returncode for each in done] == [0, 0]
+    assert Checkpoint(tmp_path / "saved" / "step-1").step == 1
+    assert "save_async() failed" not in done[0].stderr
+    assert f"the last save_async() failed: {tmp_path / 'file'}" in done[1].stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_reader_that_has_seen_enough(saved: Path, command: str) -> None:
     """``dist-lamb inspect RUN | head -1``: no error, also none of Python's flush as it ends."""

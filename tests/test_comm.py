@@ -12,7 +12,7 @@ from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from dist_lamb import ShardedLamb, checkpoint
+from dist_lamb import GradientNoiseScale, ShardedLamb, checkpoint
 from dist_lamb.sharding.comm import Comm, DeviceMesh
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -46,7 +46,7 @@ def _differing_ranks_are_refused(rank: int, world: int) -> None:
     w = [("w", torch.nn.Parameter(torch.ones(3, 3, dtype=dtype)))]
     with pytest.raises(ValueError, match=r"rank 0 has w .*float32.* rank 2 has w .*bfloat16"):
         ShardedLamb(w)
-    with pytest.raises(ValueError, match=r"'lr': 0.1.*rank 2 has .*'lr': 0.2"):
+    with pytest.raises(ValueError, match=r"rank 0 has lr=0.1 in group 0, rank 2 has lr=0.2 in"):
         ShardedLamb([("w", torch.nn.Parameter(torch.ones(3)))], lr=0.2 if rank == 2 else 0.1)
 
 
@@ -186,13 +186,17 @@ def _destroyed_groups_end(rank: int, world: int, folder: str) -> None:
         optimizer = ShardedLamb(model, stage=2, mesh=over)
         model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
+    noise = GradientNoiseScale(model, small_batch=1, big_batch=2, process_group=dist.group.WORLD)
     checkpoint.save(folder, 1, model, optimizer)  # makes a second group of the same ranks
     del mesh, over  # torch's own, which keeps its groups
     assert _threads_of_gloo()
     dist.destroy_process_group()
     assert not _threads_of_gloo()
-    with pytest.raises(RuntimeError, match=r"destroy_process_group\(\): make the optimizer anew"):
+    with pytest.raises(RuntimeError, match=r"destroy_process_group\(\): call this before, or make"):
         optimizer.step()
+    noise._watched = torch.ones(())
+    with pytest.raises(RuntimeError, match=r"destroy_process_group\(\): call this before, or make"):
+        noise.update(1.0)
     # The harness waits for all ranks.
     dist.init_process_group("gloo", init_method=f"file://{folder}-2", rank=rank, world_size=world)
     checkpoint.save(folder, 2, model)

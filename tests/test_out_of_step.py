@@ -7,6 +7,7 @@ leaves out of step do not matter to the next.
 from __future__ import annotations
 
 import gc
+import re
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -435,6 +436,36 @@ def bad_on_one_rank(rank: int, group: Any) -> None:
     assert digest(net) == by_lamb([both(0), both(1), both(2)])
 
 
+def other_options_on_one_rank(rank: int, group: Any) -> None:
+    """As ReduceLROnPlateau changes them by a rank's own loss; nothing is lost."""
+    net, optimizer = _two_steps(rank, group)
+    before, (of,) = digest(net), optimizer.param_groups
+    net(factors(2, rank)).backward()
+    for name, values in {
+        "lr": (0.3, 0.2),
+        "weight_decay": (0.25, 0.5),
+        "betas": ((0.8, 0.9), (0.7, 0.9)),
+    }.items():
+        own, of[name] = of[name], values[rank]
+        zero, one = (re.escape(f"{name}={value!r} in group 0") for value in values)
+        refused(
+            rf"rank 0 came for step 2.* with {zero}; rank 1 came for .* with {one}\.",
+            optimizer.step,
+        )
+        of[name] = own
+    of["lr"] = torch.tensor(0.5 if rank else own_lr(optimizer))
+    told = "rank 1 came for step 2.* with lr=0.5 in group 0"
+    refused(told, optimizer.step)
+    of["lr"] = own_lr(optimizer)
+    assert digest(net) == before
+    optimizer.step()
+    assert digest(net) == by_lamb([both(0), both(1), both(2)])
+
+
+def own_lr(optimizer: ShardedLamb) -> float:
+    return float(optimizer.defaults["lr"])
+
+
 def whole_state_on_one_rank(rank: int, group: Any) -> str:
     net, optimizer = _two_steps(rank, group)
     net(factors(2, rank)).backward()
@@ -460,6 +491,7 @@ CASES: list[Case] = [
     raised_before_anything_left,
     does_not_come,
     bad_on_one_rank,
+    other_options_on_one_rank,
     whole_state_on_one_rank,
 ]
 

@@ -1,4 +1,4 @@
-"""README: every code block is complete and runs as printed, those with ranks on two."""
+"""README: every code block runs as printed, those with ranks on two. DeepSpeed's wants a model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pretraining import command_line
+from pretraining.config import load_config
+from pretraining.ranks import check_restarts
 
 import dist_lamb
 from dist_lamb import checkpoint, deepspeed_adapter, schedules
@@ -84,6 +87,15 @@ def test_what_it_names_is_there() -> None:
     for name in examples:
         assert (ROOT / "launch" / "examples" / name).exists(), name
     assert len(set(examples)) >= 8
+
+
+def test_the_command_of_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would refuse before anything starts; tests/test_elastic.py runs such commands."""
+    (command,) = re.findall(r"^torchrun (.*) launch/pretrain.py (.*)$", TEXT, re.MULTILINE)
+    (restarts,) = re.findall(r"--max-restarts (\d+)", command[0])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.chdir(ROOT)
+    assert check_restarts(load_config(*command_line.parse(command[1].split(), "")).train) == ""
 
 
 def test_links_of_the_results_are_there() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,7 +148,9 @@ def save_async(
 
     # Not raised here: an error on this rank alone would leave the threads of the others waiting.
     result = _result_or_error(staged_snapshot)
-    _pending = Pending(_executor.submit(_write, comm, Path(directory), step, result, keep))
+    # The group is among the arguments, so that it lives until all is written, destroyed or not.
+    work = _executor.submit(_write_over, comm.group, comm, Path(directory), step, result, keep)
+    _pending = Pending(work)
     return _pending
 
 
@@ -154,6 +158,16 @@ def wait() -> None:
     """Wait for the last :func:`save_async`. Raises ``CheckpointError``, once, if it failed."""
     if _pending is not None:
         _pending.wait()
+
+
+@atexit.register
+def _say_what_failed() -> None:
+    """Nobody may have waited for the last :func:`save_async`. (Its thread has ended by now.)"""
+    if _pending is not None and _pending.done():
+        try:
+            wait()
+        except CheckpointError as error:
+            print(f"dist_lamb: the last save_async() failed: {error}", file=sys.stderr)
 
 
 def _used_by(optimizer: LambBase | None, group: ProcessGroup) -> bool:
@@ -196,6 +210,10 @@ def _snapshot(
     }
     text = json.dumps({key: encode(value, key) for key, value in state.items()})
     return _Snapshot(tensors, text)
+
+
+def _write_over(group: ProcessGroup | None, *arguments: Any) -> Path:
+    return _write(*arguments)
 
 
 def _write(

@@ -1,7 +1,8 @@
-"""LAMB as a DeepSpeed client optimizer, exact under ZeRO-0, 1, 2 and 3.
+"""LAMB as a DeepSpeed client optimizer, exact under ZeRO-0, 1, 2 and 3::
 
     register()  # once, on every rank
     config = recommended_config(stage=2) | {
+        "train_micro_batch_size_per_gpu": 8,
         "optimizer": {"type": "DeepSpeedLamb", "params": {"lr": 6e-3, "no_decay_1d": True}}
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)

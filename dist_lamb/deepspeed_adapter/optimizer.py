@@ -34,10 +34,11 @@ MANY = 1000
 class DeepSpeedLamb(LambBase):
     """:class:`dist_lamb.Lamb` for ``deepspeed.initialize(optimizer=...)``.
 
-    Takes the same arguments, and ``no_decay_1d``. It finds DeepSpeed's layout by itself at each
-    ``step()``, and checks it against the values of the model's params; there is nothing else to
-    call, but for ``max_grad_norm`` and names (:meth:`bind`). The config must allow an instance (see
-    :func:`recommended_config`), or name the class (see :func:`register`).
+    Takes the same arguments, ``master`` as ``"float32"`` only, and ``no_decay_1d``. It finds
+    DeepSpeed's layout by itself at each ``step()``, and checks it against the values of the model's
+    params; there is nothing else to call, but for ``max_grad_norm`` and names (:meth:`bind`). The
+    config must allow an instance (see :func:`recommended_config`), or name the class (see
+    :func:`register`).
 
     Args:
         no_decay_1d: params of fewer than two dims, which are the biases and normalisation weights,

@@ -43,7 +43,11 @@ class Comm:
             group = dist.group.WORLD
         elif group == "self":
             group = None
-        self._group, self._across = _Weak(group), _Weak(across)
+        if not isinstance(group, ProcessGroup | None):
+            raise ValueError(
+                f"Invalid process_group: {group!r}; a ProcessGroup, None or 'self' expected"
+            )
+        self._group, self._across = Weak(group), Weak(across)
         self.world_size: int = dist.get_world_size(group) if group is not None else 1
         self.rank: int = dist.get_rank(group) if group is not None else 0
         self.replicas: int = dist.get_world_size(across) if across is not None else 1
@@ -257,7 +261,7 @@ class Comm:
         return found
 
 
-class _Weak:
+class Weak:
     """A process group, or None, without keeping it alive.
 
     Else ``destroy_process_group()`` would leave gloo's threads running. One that still lets go of
@@ -272,7 +276,7 @@ class _Weak:
         if group is None and self._ref is not None:
             raise RuntimeError(
                 "the process group was destroyed by torch.distributed.destroy_process_group(): "
-                "make the optimizer anew in the new one"
+                "call this before, or make the optimizer anew in a new one"
             )
         return group
 

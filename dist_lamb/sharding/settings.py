@@ -27,8 +27,9 @@ class Settings:
             raise ValueError(f"Invalid stage: {self.stage!r}; 1 (shard state) or 2 (and gradients)")
         if not isinstance(self.bucket_numel, int) or self.bucket_numel < 1:
             raise ValueError(f"Invalid bucket_numel: {self.bucket_numel!r}")
-        if self.reduce_dtype is not None and not self.reduce_dtype.is_floating_point:
-            raise ValueError(f"Invalid reduce_dtype: {self.reduce_dtype}")
+        dtype: object = self.reduce_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"Invalid reduce_dtype: {dtype!r}; a torch.dtype of floats expected")
         if self.accumulate not in ("local", "sharded"):
             raise ValueError(f"Invalid accumulate: {self.accumulate!r}; 'local' or 'sharded'")
         can_add_up = self.stage == 2 and self.reduce_gradients and self.overlap

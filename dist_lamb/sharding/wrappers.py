@@ -38,7 +38,7 @@ def _found(params: Sequence[Tensor], arrived: bool) -> str | None:
         if issubclass(kind, DistributedDataParallel):
             if not own.isdisjoint(map(id, thing.parameters())):
                 return (
-                    "its params are in a DistributedDataParallel, which averages their gradients: "
+                    "params that are in a DistributedDataParallel, which averages their gradients: "
                     "make it with reduce_gradients=False"
                 )
         else:
@@ -48,7 +48,7 @@ def _found(params: Sequence[Tensor], arrived: bool) -> str | None:
             replaced = not arrived and shapes <= held
             if replaced or not own.isdisjoint(map(id, theirs)):
                 return (
-                    "its params are in an FSDP module, which shards them and averages their "
+                    "params that are in an FSDP module, which shards them and averages their "
                     "gradients (reduce_gradients=False is for DistributedDataParallel): use "
                     "dist_lamb.Lamb, made of the params that fully_shard() left in the module"
                 )

@@ -85,7 +85,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required, here or in the file"
     if isinstance(value, bool) or value is None:
         value = str(value).lower()
-    return f"default {list(value) if isinstance(value, tuple) else value or 'empty'}"
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"default {'empty' if value == '' else value}"
 
 
 def _docstrings(section: type) -> dict[str, str]:

@@ -117,7 +117,7 @@ class DataConfig(_Section):
     path: str = "stdlib"
     """``stdlib`` = the sources and help texts of the running Python; else a file, a folder or a
     glob of text files."""
-    vocab_size: Annotated[int, Range(at_least=256, at_most=2**31)]
+    vocab_size: Annotated[int, Range(at_least=256, at_most=2**24)]
     """Tokens of the WordPiece vocabulary."""
     seq_len: Annotated[int, Range(at_least=8)]
     """Tokens a sequence, [CLS] and [SEP] included."""

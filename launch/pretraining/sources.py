@@ -147,8 +147,12 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
-    # Links last, so that a folder has its own name where it has one.
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+    try:
+        # Links last, so that a folder has its own name where it has one.
+        inside = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path))
+    except PermissionError:
+        return  # as globs do: lost+found, say
+    for path in inside:
         if path.name.startswith("."):
             continue
         if path.is_dir():

@@ -36,7 +36,7 @@ def write(
         return
     path = to / TEXT
     above = path.read_text(encoding="utf-8").split(HEADING)[0] if path.exists() else ""
-    parts = [above + HEADING + "\n", _hardware(config, results)]
+    parts = [above + HEADING + "\n", _hardware(results)]
     several = len(config.batches) > 1
     four = f"The cell of four times the base batch ({4 * config.base_batch})"
     # In the order that a reader asks: transfer, tuned, what else was varied, what it saves.
@@ -64,7 +64,7 @@ _LEGEND = (
 )
 
 
-def _hardware(config: StudyConfig, results: tables.Results) -> str:
+def _hardware(results: tables.Results) -> str:
     rows = list(results.values())
     if not rows:
         return "No runs yet.\n"
