@@ -20,8 +20,10 @@ param_groups, preset
 schedules
     Warm-up and decay as in the paper, and the lr of another batch size.
 dist_lamb.checkpoint
-    Saves and loads at any number of ranks, by any of these but DeepSpeed; ``python -m dist_lamb``
-    inspects, verifies and exports.
+    Saves and loads at any number of ranks, by any of these but DeepSpeed; the command ``dist-lamb``
+    inspects, verifies, exports and imports.
+dist_lamb.integrations
+    Saves a ``ShardedLamb`` under Hugging Face's Trainer and Accelerate.
 GradientNoiseScale, gradient_noise_scale
     How large a batch still pays (arXiv 1812.06162).
 

@@ -26,7 +26,7 @@ _ARGUMENTS = {
     "max_norm": "max_grad_norm=",
     "clip_grad_norm": "max_grad_norm=",
     "eps_inside_sqrt": "eps=, which is added outside of the root",
-    "caution": "not supported",
+    "caution": "not supported, and left out",
     "wd": "weight_decay=",
     "learning_rate": "lr=",
 }

@@ -65,14 +65,14 @@ class Lamb(LambBase):
         maximize: ascend instead of descend.
         rule: ``"lamb"``, or another one of :mod:`dist_lamb.rules`, whose own options are then
             keyword arguments (and entries of groups) too: ``rule="lars", momentum=0.9``.
-        amsgrad: divide by the largest second moment so far.
+        amsgrad: divide by the largest second moment so far; of rules lamb, lamb_outside and adamw.
         nonfinite: what a step does when a gradient is infinite or NaN. ``"propagate"``: it goes
             into the params, as in torch.optim. ``"skip"``: the step changes nothing, on any rank,
             and :meth:`skipped_steps` counts it; decided on the device, without a sync, for one
             more pass over the gradients (clipping makes that pass anyway). One group that says
             "skip" makes it so for all.
         state_format: how the rule's states are stored: ``"float32"``; ``"bfloat16"``, half the
-            memory, rounded at random so that the mean of many roundings is exact; or
+            memory, by stochastic rounding, so that the mean of many roundings is exact; or
             ``"bfloat16-nearest"``, for comparison only: rounded so, ``v <- 0.999 v`` stands still.
             What is stored is what counts, in both norms. Float64 params keep float64 states.
         master: of bfloat16 params: ``"float32"``, or ``"remainder"``, 2 bytes a param in place of
@@ -83,7 +83,9 @@ class Lamb(LambBase):
         track_grad_norm: let :meth:`grad_norm` know the norm where nothing else asks for it, and
             :meth:`grad_norms` those of every param.
         impl: ``"auto"``, ``"reference"``, ``"foreach"``, ``"compiled"`` (torch.compile) or
-            ``"triton"``, which auto takes on GPUs: 3 launches a step, 4 with clipping.
+            ``"triton"``. Auto takes Triton on GPUs (3 launches a step, 4 with clipping). On CPUs it
+            takes torch.compile from 4 M elements on, if there is a C++ compiler (the first step
+            then takes seconds), else foreach.
         foreach, fused: torch's flags; ``foreach=True`` is ``impl="foreach"``, ``fused=True`` is
             ``impl="auto"``.
         capturable: allow ``step()`` to be captured in a CUDA graph (Triton only), after at least
@@ -91,16 +93,16 @@ class Lamb(LambBase):
 
     Options may differ between groups; :func:`dist_lamb.options.preset` has named sets of them.
 
-    Moments and norms are float32 (float64 for float64 params) whatever the dtype of params and
-    gradients, and half-precision params keep a float32 ``master`` in the state, which is the
-    value being optimized. Where such a param was written to (weights loaded, clamped), elements
+    Norms, and by default moments, are float32 (float64 for float64 params) whatever the dtype of
+    params and gradients, and half-precision params keep a float32 ``master`` in the state, which is
+    the value being optimized. Where such a param was written to (weights loaded, clamped), elements
     that are no longer their master's rounding count; writes through ``p.data`` cannot be noticed:
-    call :meth:`refresh_masters` after them. ``state[p]`` holds ``step`` (0-d float32),
-    ``exp_avg``, ``exp_avg_sq`` (shaped like p), and ``master``. A param whose gradient is None is
-    left alone; gradients are never written. With ``master="remainder"`` a param that was written
-    to has the value written, exactly where that is zero or infinite, and else with a remainder of
-    less than a unit in its last place; to begin anew with other weights drop the state,
-    ``del opt.state[p]``.
+    call :meth:`refresh_masters` after them. Under rule lamb ``state[p]`` holds ``step`` (0-d
+    float32), ``exp_avg``, ``exp_avg_sq`` (shaped like p), and ``master`` or ``remainder``. A param
+    whose gradient is None is left alone; gradients are never written. With ``master="remainder"``
+    the master of a param that was written to is the new value where that is zero or infinite, and
+    elsewhere within one unit in the last place of bfloat16. To start from other weights delete the
+    state, ``del opt.state[p]``.
 
     Random bits are a hash of (element of the whole param, the param's own step): the same bits come
     out at every number of ranks, on every mesh and in every memory format. Formats are this

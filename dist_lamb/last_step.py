@@ -42,6 +42,8 @@ class LastStep:
     def trust_ratios(self) -> dict[str, Tensor]:
         """{name: trust ratio of the last step, a float32 0-d tensor on the param's device}.
 
+        Under other rules than LAMB's it is what the direction was scaled by besides lr: LARS's rho,
+        1 / max(1, RMS) of ``stable_adamw``, the ratio of the momentum's part under ``lans``.
         NaN for a param that took no part in the last step, one added since among them; ``{}``
         before the first. Reading the values synchronizes with the device; calling this does not.
         The same on every rank.

@@ -109,7 +109,7 @@ class GradientNoiseScale:
 
     Raises:
         ValueError: batches that are not ``0 < small_batch < big_batch``; decay outside of [0, 1).
-        TypeError: params that are none.
+        TypeError: something that is not a tensor.
         RuntimeError: DTensors, whose gradients FSDP2 reduces before anybody sees this rank's.
     """
 
@@ -171,7 +171,8 @@ class GradientNoiseScale:
         :meth:`dist_lamb.Lamb.grad_norm` has it. A step that is not finite is left out of the means.
 
         Raises:
-            RuntimeError: nothing was watched since the last time. TypeError: a norm that is none.
+            RuntimeError: nothing was watched since the last time. TypeError: grad_norm is not a
+                number.
         """
         if not isinstance(grad_norm, (Tensor, Real)):
             raise TypeError(f"grad_norm is a number or a 0-d tensor; got {grad_norm!r}")

@@ -1,8 +1,8 @@
 """The learning-rate schedules of large-batch training with LAMB (arXiv 1904.00962, section 4).
 
-The learning rate grows with the square root of the batch; warm-up is linear over a fixed number of
-*epochs* times the batch ratio, so its share of the steps doubles when the batch does (1/320 at
-batch 512, 1/5 at 32,768); decay is linear to zero.
+The learning rate grows with the square root of the batch. Warm-up is linear; its number of epochs
+grows with the batch, so that its share of the steps doubles when the batch does (1/320 at batch
+512, 1/5 at 32,768). Decay is linear to zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def sqrt_scaled_lr(base_lr: float, base_batch: int, batch: int) -> float:
 def linear_epoch_warmup_steps(warmup_epochs: float, samples_per_epoch: int, batch: int) -> int:
     """Steps of a warm-up that lasts ``warmup_epochs`` epochs of this batch, to the nearest step.
 
-    The paper makes ``warmup_epochs`` itself grow with the batch, epochs at 512 times batch / 512.
+    In the paper the number of epochs grows with the batch: that of batch 512, times batch / 512.
+    This function takes the number for this batch.
     """
     if warmup_epochs < 0 or samples_per_epoch < 1 or batch < 1:
         raise ValueError(

@@ -53,15 +53,15 @@ class ShardedLamb(ShardedBase):
             takes. Every rank must give the same params in the same order; their values are
             broadcast from rank 0, and with a module its buffers are too.
         lr, betas, eps, weight_decay, and keyword options: as for :class:`dist_lamb.Lamb`.
-        stage: 1 reduces gradients in ``step()`` and keeps ``p.grad``, this rank's own: what it
-            holds then counts. 2 frees each as soon as its bucket is reduced, so that ``p.grad`` is
+        stage: 1 reduces gradients in ``step()``: until then ``p.grad`` is this rank's own gradient,
+            and may be edited. 2 frees each as soon as its bucket is reduced, so that ``p.grad`` is
             None after backward and two bucket buffers hold all that is on its way; not so before
             the first step, which makes these buffers and reduces what is in ``p.grad``.
         process_group: the ranks to shard over; default all, also where the group is made after the
             optimizer, before its first use. "self": this rank alone, beside others or not. Or
             ``mesh``, a DeviceMesh of one axis (shard) or two (replicate, shard): then gradients are
             reduce-scattered over the shard axis and all-reduced over the replicate axis, and all
-            else stays on the shard axis.
+            other communication is within the shard axis.
         reduce_gradients: False if ``p.grad`` arrives averaged (under DistributedDataParallel, or
             a trainer that uses it; params or that module may be given).
         reduce_dtype: what gradients are sent, summed and kept in; default the params' dtype.
@@ -87,8 +87,8 @@ class ShardedLamb(ShardedBase):
     takes them over.
 
     At stage 2 with ``overlap`` there is no ``p.grad`` to change between backward and ``step()``;
-    clip by ``max_grad_norm``. To skip a step call ``zero_grad()`` of this optimizer, not of the
-    module, on all ranks.
+    clip by ``max_grad_norm``. To skip a step call ``zero_grad()`` of this optimizer on all ranks;
+    that of the module leaves gradients that are reduced already, and the next step takes them.
 
     With loss scaling use torch's ShardedGradScaler, and ``stage=1`` or ``overlap=False``: it looks
     for overflows in ``p.grad``. After an overflow on some ranks alone a plain GradScaler has other

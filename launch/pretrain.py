@@ -5,7 +5,8 @@
     python launch/pretrain.py --help
 
 The run directory receives ``run.json``, ``log.jsonl``, TensorBoard events, ``tokenizer.json``,
-``checkpoints/step-<n>`` and ``curves.png``.
+``checkpoints/step-<n>`` and ``curves.png``; with ``train.tensors_every`` also ``tensors.jsonl`` and
+``trust_ratios.png``.
 
 A run that is started again goes on from its latest checkpoint, with as many ranks as it now has::
 
@@ -444,8 +445,9 @@ if __name__ == "__main__":
             raise
         with suppress(CheckpointError):
             wait()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # it is where a shell has closed it
+                stream.flush()
         # Python does not end here: the process group is still there, and a thread of gloo that lets
         # go of a tensor meanwhile would abort, with pages on the terminal.
         os._exit(2)

@@ -438,6 +438,8 @@ def _nothing_is_changed(rank: int, world: int, folder: str) -> None:
     with pytest.raises(CheckpointError, match="step-2: b: takes nothing"):
         checkpoint.load(folder, model, optimizer, stateful={"a": a, "b": _TakesNothing()})
     assert a.value == 7
+    with pytest.raises(CheckpointError, match="stateful 'a' is of type int, which has no "):
+        checkpoint.save(folder, 3, model, optimizer, stateful={"a": 1})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match="step-2: has no state of c"):
         checkpoint.load(folder, model, optimizer, stateful={"c": a})
     optimizer.param_groups[1]["weight_decay"] = 0.25

@@ -428,6 +428,15 @@ def test_a_script_that_ends_without_waiting(tmp_path: Path) -> None:
     assert f"the last save_async() failed: {tmp_path / 'file'}" in done[1].stderr
 
 
+def test_nowhere_to_print(saved: Path) -> None:
+    """``dist-lamb verify RUN >&-``"""
+    command = [sys.executable, "-m", "dist_lamb", "verify", str(saved)]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_reader_that_has_seen_enough(saved: Path, command: str) -> None:
     """``dist-lamb inspect RUN | head -1``: no error, also none of Python's flush as it ends."""

@@ -219,7 +219,10 @@ def test_the_noise_scale_is_resumed(config: Path, tmp_path: Path) -> None:
     ("override", "text"),
     [
         ("train.timeout_minutes=1e13", "train.timeout_minutes must be a number > 0 and <= 525600"),
-        ("train.seed=99999999999999999999", "train.seed must be an integer >= 0 and <= 9.22337e"),
+        (
+            "train.seed=99999999999999999999",
+            "train.seed must be an integer >= 0 and <= 9223372036854775807",
+        ),
         (
             "data.vocab_size=99999999999999999999",
             "data.vocab_size must be an integer >= 256 and <=",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from dataclasses import replace
@@ -115,6 +116,10 @@ def test_rows_of_another_study_are_not_taken_for_its_own(
     assert run(made, out, (old, new)) == 2
     error = capsys.readouterr().err
     assert all(text in error for text in [*named, str(out), "another --out"]), error
+    # Nor does a report speak of them as this study's.
+    for command in ("report", "plot"):
+        assert study.main([command, str(out.parent / "study.toml"), "--out", str(out)]) == 2
+        assert "is of another study" in capsys.readouterr().err
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
@@ -218,6 +223,18 @@ def test_probe_adds_no_rows_to_those_of_another_study(
     assert not (out / "noise.csv").exists()
 
 
+def test_rows_of_a_rule_that_study_json_does_not_have_are_named(
+    made: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They count, as where there is no study.json: not without a word."""
+    noted = json.loads((out / "study.json").read_text())
+    del noted["rules"]["lamb"]
+    (out / "study.json").write_text(json.dumps(noted))
+    assert run(made, out) == 0
+    assert f"{out / 'study.json'} has no lamb: their rows in" in capsys.readouterr().out
+    assert "lamb" in json.loads((out / "study.json").read_text())["rules"]
+
+
 def test_a_damaged_study_json_is_an_error(
     made: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +285,9 @@ def test_an_unfinished_pack_of_other_data_is_not_gone_on_with(tmp_path: Path) ->
     assert len([line for line in lines if str(path) in line and "another study" in line]) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "other content", "a tensor"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "empty", "other bytes", "other content", "no count", "a tensor"]
+)
 def test_a_damaged_pack_is_trained_from_the_start(tmp_path: Path, damage: str) -> None:
     path, lines = tmp_path / "pack.pt", list[str]()
     stopped(CONFIG, path)
@@ -282,6 +301,9 @@ def test_a_damaged_pack_is_trained_from_the_start(tmp_path: Path, damage: str) -
         path.write_bytes(b"not a checkpoint\n" * 9)
     elif damage == "other content":
         torch.save([1, 2], path)
+    elif damage == "no count":
+        del saved["done"]
+        torch.save(saved, path)
     else:
         # The last one, so that others would have been copied before it is missed.
         del saved["tensors"][list(saved["tensors"])[-1]]
@@ -338,7 +360,7 @@ def refused(folder: Path, old: str, new: str) -> str:
         ('["decoder"]', '"decoder"', "study.architectures must be a list, each a string"),
         ("rise = 0.0", "rise = nan", "study.rise must be a number >= 0"),
         ("rise = 0.0", "weight_decay = -1", "study.weight_decay must be a number >= 0"),
-        ("rise = 0.0", "max_grad_norm = 0", "study.max_grad_norm must be a number > 0"),
+        ("rise = 0.0", "max_grad_norm = 0", "study.max_grad_norm must be above 0; inf"),
         ("rise = 0.0", "mask_fraction = 1.5", "study.mask_fraction must be a number > 0 and < 1"),
         ("rise = 0.0", "bfloat16 = 1", "study.bfloat16 must be true or false"),
         ("rise = 0.0", "pack_sequences = 0", "study.pack_sequences must be an integer >= 1"),
@@ -351,7 +373,7 @@ def refused(folder: Path, old: str, new: str) -> str:
         ("[4e-3]", "[nan]", "rules.adamw.lrs must be a list, each a number > 0"),
         ("[4e-3]", "4e-3", "rules.adamw.lrs must be a list, each a number > 0"),
         ("[4e-3]", "[inf]", "rules.adamw.lrs must be a list, each a number > 0"),
-        ("[4e-3]", "[4e-3]\neps = -1", "rules.adamw.eps must be a number > 0"),
+        ("[4e-3]", "[4e-3]\neps = -1", "rules.adamw.eps must be a number >= 0"),
         ("[4e-3]", "[4e-3]\nbetas = [0.9]", "rules.adamw.betas must be a list of 2 values, each"),
         ("[4e-3]", "[4e-3]\nbetas = [0.9, 1]", "rules.adamw.betas must be a list of 2 values, "),
         ("[4e-3]", "[4e-3]\nlate = 1", "rules.adamw.late must be true or false"),
@@ -513,7 +535,7 @@ def test_a_report_of_nothing_is_an_error(
     missing, to = tmp_path / "missing", tmp_path / "to"
     more = ["--to", str(to)] if command == "report" else []
     assert study.main([command, str(made / "study.toml"), "--out", str(missing), *more]) == 2
-    assert f"error: {missing / 'study.csv'} is missing" in capsys.readouterr().err
+    assert f"error: no {missing / 'study.csv'}: --out must be" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -136,7 +136,9 @@ def import_dcp(source: Path, directory: Path, step: int | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dist_lamb", description="Checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="dist-lamb", description="Inspect, verify, export and import checkpoints of dist_lamb."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
         ("inspect", "print step, options, and name, shape, dtype and norm of every tensor"),
@@ -168,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(_parser().parse_args(argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where a shell has closed it
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader has seen enough, as head has. Python's own flush as it ends would fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -92,8 +92,8 @@ def save(
         extra: numbers, text, bytes and small tensors, and lists, tuples and dicts of them, e.g.
             ``{"tokens_seen": n}``. Rank 0's is saved.
         rng: save the random number generators (torch, CUDA, Python, NumPy) of every rank.
-        keep: the number of checkpoints to keep, this one and those of the steps before it; the
-            others are removed. Later steps are not touched: a warning names them.
+        keep: how many checkpoints of this and earlier steps to keep; older ones are removed. Later
+            steps are not touched: a warning names them.
         process_group: the ranks that train this model; default all.
 
     Returns the checkpoint's folder. After a crash it is complete and on disk, or absent.
@@ -202,6 +202,10 @@ def _snapshot(
     if rng:
         device = schema.device_of(names)
         tensors["rng"] = rng_states.to_save(comm.rank, comm.world_size, device)
+    for key, target in (stateful or {}).items():
+        if not callable(getattr(target, "state_dict", None)):
+            kind = type(target).__name__
+            raise CheckpointError(f"stateful {key!r} is of type {kind}, which has no state_dict()")
     state = {
         "about": schema.about(names, optimizer),
         "groups": schema.groups_to_save(names, optimizer),

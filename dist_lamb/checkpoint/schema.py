@@ -97,8 +97,14 @@ class Names:
         self.formats: dict[str, Formats] = {}
         if optimizer is None:
             return
+        kind = type(optimizer).__name__
         if not isinstance(optimizer, LambBase):
-            raise TypeError(f"Lamb or ShardedLamb expected, got {type(optimizer).__name__}")
+            raise TypeError(f"Lamb or ShardedLamb expected, got {kind}")
+        if hasattr(optimizer, "load_full_optimizer_state_dict"):
+            raise CheckpointError(
+                f"Lamb or ShardedLamb expected, got {kind}: its state lies in DeepSpeed's engine; "
+                "use engine.save_checkpoint(), or full_optimizer_state_dict()"
+            )
         for group, options in zip(optimizer.named_groups(), optimizer.param_groups):
             for name, p in group:
                 if id(p) not in names:

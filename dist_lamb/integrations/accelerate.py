@@ -22,7 +22,8 @@ def consolidate_on_save(accelerator: Any, *optimizers: Any) -> None:
     It asks every rank for the state dict, so every rank holds all of it, in host memory, until the
     next step. Params, which lie side by side in the buffers of a ShardedLamb, are saved from copies
     in host memory: of tensors that share a storage Accelerate saves only one. ``load_state()``
-    loads at any number of ranks.
+    loads at any number of ranks, before the first step: later Accelerate fails on params that share
+    a storage.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.

@@ -150,8 +150,8 @@ class Lockstep:
         found = "; ".join(f"{_ranks(ranks)} {what}" for what, ranks in said.items())
         return (
             f"ranks are out of step: {found}. Between two steps every rank must run backward as "
-            "often as the others (under no_sync() it may differ), and all must call step(), with the "
-            "same options"
+            "often as the others (under no_sync() it may differ), and all must call step() with "
+            "the same options"
         )
 
 

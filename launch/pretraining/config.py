@@ -44,7 +44,12 @@ class Range:
 
     def __str__(self) -> str:
         bounds = ((">", self.above), (">=", self.at_least), ("<", self.below), ("<=", self.at_most))
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if math.isfinite(bound))
+        texts = [
+            f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}"
+            for sign, bound in bounds
+            if math.isfinite(bound)
+        ]
+        return " and ".join(texts)
 
 
 PositiveInt = Annotated[int, Range(at_least=1)]
@@ -158,7 +163,8 @@ class OptimConfig(_Section):
     warmup_fraction: Probability | None = None
     """Instead of ``warmup_epochs``: the share of train.steps, not scaled."""
     weight_decay: NonNegative = 0.01
-    """Decoupled, a share of lr times the trust ratio; not of biases and normalization weights."""
+    """Decoupled: weight_decay * x is added to the update before the trust ratio; not of biases and
+    normalization weights."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Decay of the running means of g and g^2, a step."""
     eps: Positive = 1e-6
@@ -180,7 +186,8 @@ class OptimConfig(_Section):
             raise _FieldError("deepspeed", f"is not for engine {self.engine!r}")
         if (self.warmup_epochs is None) == (self.warmup_fraction is None):
             raise _FieldError(
-                "warmup_epochs", "or warmup_fraction must be given, and only one of the two"
+                "warmup_epochs",
+                "or warmup_fraction must be given, and only one of the two; none unsets it",
             )
 
     def options(self) -> dict[str, Any]:
@@ -212,7 +219,8 @@ class TrainConfig(_Section):
     global_batch: PositiveInt
     """Sequences an optimizer step, over all ranks and micro-batches."""
     micro_batch: PositiveInt
-    """At most this many sequences a rank and forward pass."""
+    """Sequences a rank and forward pass: a divisor of those that a rank has of global_batch, or
+    more."""
     seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = 0
     """Of weights, order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -247,7 +255,8 @@ class TrainConfig(_Section):
     run_dir: str = ""
     """Where everything is written; empty = ``runs/<name of the config file>``."""
     resume: Literal["auto", "never"] = "auto"
-    """``auto``: continue from the checkpoint in ``run_dir`` if there is one."""
+    """``auto``: continue from the checkpoint in ``run_dir`` if there is one. ``never``: start over;
+    checkpoints of an earlier run in ``run_dir`` are removed. Not with torchrun --max-restarts."""
     init_from: str = ""
     """A run or one of its checkpoints, whose weights start this one (BERT's second phase starts
     from its first)."""

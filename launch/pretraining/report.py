@@ -303,7 +303,7 @@ class TensorBoard(Outlet):
 
 def terminal(first_step: int, total_steps: int) -> Outlet:
     """A live bar on a terminal, a line every log step where the output is a file."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         return LiveBar(first_step, total_steps)
     return PlainLines(first_step, total_steps)
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pretraining.config import (
     ConfigError,
-    Count,
     DataConfig,
     Fraction,
     ModelConfig,
@@ -38,7 +37,7 @@ class RuleConfig:
     optimizer: str
     lrs: tuple[Positive, ...]
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: Positive = 1e-6
+    eps: NonNegative = 1e-6
     half_life: bool = False
     """Scale beta2 with the batch so that its half-life in tokens stays (arXiv 2507.07101). At the
     base batch that is the rule it is ``base`` of, whose runs are not made twice."""
@@ -58,16 +57,17 @@ class StudyConfig:
     architectures: tuple[str, ...]
     batches: tuple[PositiveInt, ...]
     """Sequences a step; the first is the base batch."""
-    samples: PositiveInt
+    samples: Annotated[int, Range(at_least=1, at_most=2**48)]
     """Sequences of every run, whatever its batch."""
-    seeds: tuple[Count, ...]
+    seeds: tuple[Annotated[int, Range(at_least=0, at_most=2**63 - 1)], ...]
     seq_len: Annotated[int, Range(at_least=8)] = 128
     base_warmup: Fraction = 0.003125
     """Share of the steps at the base batch; grows with the batch (linear-epoch warm-up)."""
     more_warmups: tuple[Fraction, ...] = ()
     """Tried at the largest batch around the best lr of each rule."""
     weight_decay: NonNegative = 0.01
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: float = 1.0
+    """inf clips nothing."""
     rise: NonNegative = 0.1
     """Nats by which the loss must have risen on a side of the best lr: then that side shows."""
     max_lrs: PositiveInt = 12
@@ -104,6 +104,8 @@ class StudyConfig:
                 f"study.evals ({self.evals}) is more than the {self.samples // self.batches[-1]} "
                 f"steps of batch {self.batches[-1]}"
             )
+        if not self.max_grad_norm > 0:
+            raise ConfigError("study.max_grad_norm must be above 0; inf clips nothing")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError("study.seeds must be different numbers, at least one")
         if not 0 < self.base_warmup < 1 or any(not 0 < w < 1 for w in self.more_warmups):

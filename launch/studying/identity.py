@@ -57,12 +57,36 @@ def claim(
         ConfigError: it is another study's.
     """
     path, csv = out / FILE, out / results.FILE
-    here, there = of(config, data_sha256, config.rules), None
+    here = of(config, data_sha256, config.rules)
+    there = compare(here, config, out, rows)
+    known = there["rules"].keys() if there else set()
+    new = {run.rule for run in rows} & here["rules"].keys() - known
+    if there is not None and new:
+        say(f"{path} has no {', '.join(sorted(new))}: their rows in {csv} count as this study's")
+    if there is None and rows:
+        others = {row.data_sha256 for row in rows.values()} - {data_sha256[:16]}
+        also = f", though trained on other data: {', '.join(sorted(others))}" if others else ""
+        say(f"{path} is missing: the {len(rows)} rows of {csv} count as this study's{also}")
+    noted = {**here, "rules": {**(there or here)["rules"], **here["rules"]}}
+    if noted != there:
+        out.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def compare(here: Identity, config: StudyConfig, out: Path, rows: Results) -> Identity | None:
+    """What ``study.json`` says, if it is there. ``here`` without "data" is of any data.
+
+    Raises:
+        ConfigError: it, or a row by itself, is of another study.
+    """
+    path, csv, there = out / FILE, out / results.FILE, None
     if path.exists():
         there = _read(path)
         # Rules that were added, are gone, or were never run may be anything.
         alike = {run.rule for run in rows} & here["rules"].keys() & there["rules"].keys()
-        pairs = [(name, there[name], here[name]) for name in ("study", "model", "data")]
+        pairs = [(n, there[n], here[n]) for n in ("study", "model", "data") if n in here]
         pairs += [(f"rules.{n}", there["rules"][n], here["rules"][n]) for n in sorted(alike)]
         differ = [
             f"{section}.{key}: {old.get(key)!r} there, {new.get(key)!r} here"
@@ -85,16 +109,7 @@ def claim(
                 raise ConfigError(
                     f"{csv} is of another study: {run} has {name} {old}, here {new}; {_WAY_OUT}"
                 )
-    if there is None and rows:
-        others = {row.data_sha256 for row in rows.values()} - {data_sha256[:16]}
-        also = f", though trained on other data: {', '.join(sorted(others))}" if others else ""
-        say(f"{path} is missing: the {len(rows)} rows of {csv} count as this study's{also}")
-    noted = {**here, "rules": {**(there or here)["rules"], **here["rules"]}}
-    if noted != there:
-        out.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
+    return there
 
 
 def _read(path: Path) -> Identity:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
-from studying import calibrate, figures, probe, tables
+from studying import calibrate, figures, identity, probe, tables
 from studying.config import StudyConfig
 from studying.results import FILE, ResultsError, read
 
@@ -21,11 +21,13 @@ def write(
     ``study.md``. What stands above that heading stays.
 
     Raises:
-        ResultsError: no rows can be read.
+        ResultsError: no rows can be read. ConfigError: they are another study's.
     """
     if not (source / FILE).exists():
-        raise ResultsError(f"{source / FILE} is missing: --out must be the folder of a run")
+        raise ResultsError(f"no {source / FILE}: --out must be a folder where runs are done")
     results = read(source / FILE)
+    here = identity.of(config, "", config.rules)
+    identity.compare({k: v for k, v in here.items() if k != "data"}, config, source, results)
     cells = tables.everything(config, results)
     drawn = figures.draw(
         config, results, cells, source / probe.NOISE_FILE, source / probe.TRUST_FILE, to

@@ -331,6 +331,8 @@ class Pack:
                 found = {**saved["tensors"], "losses": saved["losses"]}
                 if {n: t.shape for n, t in found.items()} != {n: t.shape for n, t in own.items()}:
                     raise ValueError("other tensors than this pack's")
+                if not {"done", "seconds", "curves"} <= saved.keys():
+                    raise KeyError("done, seconds or curves")
                 return saved
             problem = "is of another study or version"
         except Exception as error:
