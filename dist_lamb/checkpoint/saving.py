@@ -148,9 +148,7 @@ def save_async(
 
     # Not raised here: an error on this rank alone would leave the threads of the others waiting.
     result = _result_or_error(staged_snapshot)
-    # The group is among the arguments, so that it lives until all is written, destroyed or not.
-    work = _executor.submit(_write_over, comm.group, comm, Path(directory), step, result, keep)
-    _pending = Pending(work)
+    _pending = Pending(_executor.submit(_write, comm, Path(directory), step, result, keep))
     return _pending
 
 
@@ -214,10 +212,6 @@ def _snapshot(
     }
     text = json.dumps({key: encode(value, key) for key, value in state.items()})
     return _Snapshot(tensors, text)
-
-
-def _write_over(group: ProcessGroup | None, *arguments: Any) -> Path:
-    return _write(*arguments)
 
 
 def _write(

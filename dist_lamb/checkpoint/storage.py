@@ -234,7 +234,7 @@ def write(tensors: dict[str, Any], temporary: Path, step: int, state: str, comm:
                 _for_dcp(tensors),
                 storage_writer=writer,
                 planner=_SavePlanner(),
-                process_group=comm.group,
+                **_ranks(comm),
             )
     except CheckpointError:
         if comm.rank == 0:
@@ -374,7 +374,7 @@ def read_into(tensors: dict[str, Any], checkpoint: Checkpoint, comm: Comm) -> No
             _for_dcp(tensors),
             storage_reader=_Reader(checkpoint),
             planner=_LoadPlanner(),
-            process_group=comm.group,
+            **_ranks(comm),
         )
 
 
@@ -382,15 +382,20 @@ def _for_dcp(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {key: LocalBoxes.of(t) if isinstance(t, Fragment) else t for key, t in tensors.items()}
 
 
+def _ranks(comm: Comm) -> dict[str, Any]:
+    """One rank needs no group: it may be destroyed while a thread still writes."""
+    return {"no_dist": True} if comm.world_size == 1 else {"process_group": comm.group}
+
+
 @contextmanager
 def _dcp_errors(comm: Comm) -> Iterator[None]:
     """Raise a ``CheckpointError`` instead of DCP's error, a BaseException with all tracebacks."""
     try:
-        if comm.group is not None:
+        if comm.world_size > 1:
             yield
         else:
             with warnings.catch_warnings():
-                # DCP warns that torch.distributed is not initialised: correct on one process.
+                # DCP warns that it does not use torch.distributed: correct on one process.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 yield
     except CheckpointException as error:
