@@ -33,6 +33,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 if __name__ == "__main__":
     # Until there is something to save, Ctrl-C ends the program without a traceback, wherever it is.
@@ -48,7 +49,7 @@ from pretraining.batches import HeldOutBatches, PackedSequences, TrainBatches, t
 from pretraining.config import ConfigError, PretrainConfig, load_config
 from pretraining.engine_base import Engine
 from pretraining.engines import build_engine
-from pretraining.jsonlines import LogError
+from pretraining.jsonlines import LogError, Unwritten
 from pretraining.masking import Masking, stream_key
 from pretraining.model import build_model, compile_layers, train_flops
 from pretraining.ranks import Ranks, StopRequest, check_restarts, started
@@ -103,12 +104,15 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
         engine.optimizer, warmup_steps(config, len(batches.sequences)), config.train.steps
     )
     noise = telemetry.noise_scale_of(config, engine.model, batches.micro_batch)
-    parts = {"schedule": scheduler, "batches": batches, **({"noise": noise} if noise else {})}
+    unwritten = Unwritten()
+    parts: dict[str, Any] = {"schedule": scheduler, "batches": batches, "unwritten": unwritten}
+    if noise:
+        parts["noise"] = noise
     first_step, changes = 0, []
     if saved:
         first_step, changes = checkpoint.resume(saved, config, tokens.digest, engine, parts)
 
-    with _report(config, tokens, ranks, first_step) as report, StopRequest() as request:
+    with _report(config, tokens, ranks, first_step, unwritten) as report, StopRequest() as request:
         if not saved:
             # Only now: what was wrong until here has left the checkpoints of an earlier run alone.
             ranks.together(lambda: checkpoint.start_over(config), of=ranks.rank == 0)
@@ -141,7 +145,7 @@ def train(config: PretrainConfig, ranks: Ranks) -> None:
         if stop and step < config.train.steps:
             why = request.signal or (report.problem and "an error") or "a signal to another rank"
             report.say(f"stopped after step {step} by {why}; start again to go on from there")
-        elif ranks.rank == 0:
+        elif ranks.rank == 0 and not report.problem:
             with report.writing(str(config.run_dir)):
                 report.say(summarize(config, first_step, time.monotonic() - began))
     ranks.together(report.check)
@@ -378,7 +382,13 @@ def _batches(
     return train, held_out
 
 
-def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step: int) -> Report:
+def _report(
+    config: PretrainConfig,
+    tokens: TokenCache,
+    ranks: Ranks,
+    first_step: int,
+    unwritten: Unwritten,
+) -> Report:
     """The report of this rank: rank 0's writes into the run directory, others' do nothing.
 
     Raises:
@@ -408,7 +418,7 @@ def _report(config: PretrainConfig, tokens: TokenCache, ranks: Ranks, first_step
                 for name in (curves.FILE_NAME, telemetry.PICTURE_NAME, TENSORS_LOG_NAME):
                     (run_dir / name).unlink(missing_ok=True)
             tensors = bool(config.train.tensors_every)
-            return open_report(run_dir, first_step, config.train.steps, tensors)
+            return open_report(run_dir, first_step, config.train.steps, unwritten, tensors)
         except OSError as error:
             name = error.filename2 or error.filename
             raise ConfigError(f"train.run_dir: {name}: {error.strerror}") from error

@@ -10,16 +10,25 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pretrain
 import pytest
-from pretrain_runs import ROOT, STEPS, broken_run, refused, run_here, run_on_ranks
+from pretrain_runs import (
+    ROOT,
+    STEPS,
+    broken_run,
+    difference,
+    refused,
+    run_here,
+    run_on_ranks,
+)
 from pretraining import telemetry
 from pretraining.config import ConfigError, load_config
 from pretraining.engine_deepspeed import read_config
-from pretraining.jsonlines import JsonLines, LogError, read_rows
+from pretraining.jsonlines import JsonLines, LogError, Unwritten, read_rows
 from pretraining.report import Report, read_log, read_tensors_log
 from pretraining.sources import CorpusError, read_corpus
 from pretraining.summary import summarize
@@ -47,6 +56,11 @@ def test_checkpoints_stay_until_all_that_starts_a_run_is_known(
         ("train.noise_every=1 train.micro_batch=16", "train.noise_every compares two"),
     ):
         assert text in refused(config, run, capsys, *anew, *wrong.split())
+    # What looks elsewhere, and has this run's checkpoints.
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "checkpoints").symlink_to(run / "checkpoints")
+    message = refused(config, run, capsys, *anew, f"train.init_from={tmp_path / 'linked'}")
+    assert "train.init_from is in train.run_dir" in message
     (run / "run.json").unlink()
     (run / "run.json").mkdir()
     assert "run.json: Is a directory" in refused(config, run, capsys, *anew)
@@ -88,7 +102,7 @@ def test_a_log_that_was_moved_away(config: Path, tmp_path: Path, capsys: Any) ->
 
 def _full(limit: int, path: Path) -> None:
     """Writes what does not fit, then what does, as the disk has room again."""
-    lines = JsonLines(path, 0, lambda _: None)
+    lines = JsonLines(path, 0, lambda _: None, Unwritten())
     lines.add([{"step": 1, "text": "a" * 80}])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -109,33 +123,46 @@ def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "a", lambda _: None)] == [1, 2, 3]
 
 
-def _no_room_from_the_second_row_on() -> None:
-    add = JsonLines.add
+def _no_room_after(rows: int) -> None:
+    """Files of rows take no more, once they have so many."""
+    opened = Path.open
 
-    def full(self: JsonLines, rows: Any = ()) -> None:
-        if self.path.read_bytes().count(b"train"):
+    def full(self: Path, mode: str = "r", *more: Any, **others: Any) -> Any:
+        if mode == "ab" and self.read_bytes().count(b"\n") >= rows:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), None)
-        add(self, rows)
+        return opened(self, mode, *more, **others)
 
-    JsonLines.add = full  # type: ignore[method-assign]
+    Path.open = full  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.xdist_group("programs")
-def test_a_full_disk_ends_a_run_with_a_checkpoint(config: Path, tmp_path: Path) -> None:
-    """It was a traceback of rank 0, no checkpoint, and a lost connection on the others."""
-    run, often = tmp_path / "run", "train.log_every=1"
+@pytest.mark.parametrize("last", [False, True])
+def test_a_full_disk_ends_a_run_with_a_checkpoint(config: Path, tmp_path: Path, last: bool) -> None:
+    """It was a traceback of rank 0, no checkpoint, and a lost connection on the others. The rows
+    are in the checkpoint, which may be on another disk: also those of the last step."""
+    run, some = tmp_path / "run", ("train.log_every=1", "train.tensors_every=1")
+    whole = run_here(config, tmp_path / "whole", *some)
+    rows = 1 + STEPS + 2 if last else 2  # evaluations are at steps 0, 4 and 8
     with pytest.raises(RuntimeError) as caught:
-        run_on_ranks(config, run, often, before=_no_room_from_the_second_row_on)
+        run_on_ranks(config, run, *some, before=partial(_no_room_after, rows))
     printed = str(caught.value)
     assert "exit codes [2, 2]" in printed
     assert "Traceback" not in printed
-    assert "stopped after step 3 by an error; start again" in printed
+    assert ("stopped after step 3 by an error; start again" in printed) == (not last)
+    assert "masked accuracy 100" not in printed.splitlines()[-2]
     message = printed.strip().splitlines()[-1]
     assert message.startswith(f"pretrain: error: {run / 'log.jsonl'}: No space left on device; ")
-    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-3"]
-    assert "resumed at step 3" in run_on_ranks(config, run, often)
-    steps = [row["step"] for row in read_log(run / "log.jsonl") if row["kind"] == "train"]
-    assert steps == [1, *range(4, STEPS + 1)]
+    at = STEPS if last else 3
+    assert checkpoints(run / "checkpoints")[-1].name == f"step-{at}"
+    assert len(read_log(run / "log.jsonl")) == rows
+    again = run_on_ranks(config, run, *some)
+    assert f"resumed at step {at}" in again
+    assert difference(read_log(run / "log.jsonl"), whole) < 1e-3
+    assert [row["step"] for row in read_tensors_log(run / "tensors.jsonl")] == list(
+        range(1, STEPS + 1)
+    )
+    evaluated = [row for row in read_log(run / "log.jsonl") if row["kind"] == "held_out"]
+    assert f" -> {evaluated[-1]['loss']:.3f} (" in again
 
 
 def test_a_name_that_is_no_formula_and_no_ascii(

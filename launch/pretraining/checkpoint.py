@@ -28,6 +28,7 @@ from pretraining.ranks import Ranks
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-\d+")
 _RUN_DIR = "train.run_dir"
+_NEWER = frozenset(("noise", "unwritten"))
 
 # Where files are, how the work is distributed, and what is reported: not what is computed with
 # finite gradients.
@@ -98,7 +99,8 @@ def save(
 
     Args:
         tokens: digest of the token ids trained on.
-        parts: what else has a state: "schedule", "batches", and "noise" if it is measured.
+        parts: what else has a state: "schedule", "batches", "unwritten", and "noise" if it is
+            measured.
         beside: return as soon as a copy is made; the next call waits, and raises its error.
 
     Raises:
@@ -139,8 +141,8 @@ def find(config: PretrainConfig) -> Path | None:
         return None
     auto = config.train.resume == "auto"
     if not auto and config.init_from is not None:
-        source = config.init_from.resolve()
-        if source == config.run_dir.resolve() or source.is_relative_to(folder.resolve()):
+        sources = config.init_from.resolve(), (config.init_from / FOLDER).resolve()
+        if any(source.is_relative_to(folder.resolve()) for source in sources):
             raise ConfigError(
                 f"train.init_from is in {_RUN_DIR}, whose checkpoints train.resume=never removes; "
                 f"choose another {_RUN_DIR}"
@@ -157,10 +159,21 @@ def find(config: PretrainConfig) -> Path | None:
 
 
 def start_over(config: PretrainConfig) -> None:
-    """Remove the checkpoints of an earlier run, after :func:`find` has recognised them."""
-    for path in _steps(config.run_dir / FOLDER):
-        # Renamed first: if removal stops half-way, the rest is no checkpoint.
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.old-{uuid.uuid4().hex}")))
+    """Remove the checkpoints of an earlier run, after :func:`find` has recognised them.
+
+    Raises:
+        ConfigError: one cannot be renamed.
+    """
+    try:
+        # All are renamed first: what of them cannot be removed is no checkpoint any more.
+        old = [
+            path.rename(path.with_name(f".{path.name}.old-{uuid.uuid4().hex}"))
+            for path in _steps(config.run_dir / FOLDER)
+        ]
+    except OSError as error:
+        raise ConfigError(f"{_RUN_DIR}: {error.filename}: {error.strerror}") from error
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -189,7 +202,7 @@ def resume(
     """Put a run back to where the checkpoint ``path`` was saved. All ranks call it.
 
     Args:
-        parts: as of :func:`save`; "noise" may be new to it.
+        parts: as of :func:`save`; an older checkpoint may lack "noise" and "unwritten".
 
     Returns:
         The step, and for the log the settings that differ from those it was saved with.
@@ -218,7 +231,7 @@ def resume(
         found = checkpoint.load(
             path,
             *engine.checkpointed(),
-            stateful={k: part for k, part in parts.items() if k != "noise" or k in known},
+            stateful={k: part for k, part in parts.items() if k not in _NEWER or k in known},
             # They follow from the settings compared above; what may differ is set below.
             options="saved",
         )

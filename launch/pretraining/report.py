@@ -31,7 +31,14 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor
 
-from pretraining.jsonlines import JsonLines, LogError, Row, check_numbers, read_rows
+from pretraining.jsonlines import (
+    JsonLines,
+    LogError,
+    Row,
+    Unwritten,
+    check_numbers,
+    read_rows,
+)
 
 LOG_NAME = "log.jsonl"
 TENSORS_LOG_NAME = "tensors.jsonl"
@@ -169,11 +176,14 @@ def _unwritten(name: str, why: str) -> LogError:
     )
 
 
-def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool = False) -> Report:
+def open_report(
+    run_dir: Path, first_step: int, total_steps: int, unwritten: Unwritten, tensors: bool = False
+) -> Report:
     """Rank 0's report. Rows of steps after ``first_step``, written by a run that got further than
     its last checkpoint, are removed.
 
     Args:
+        unwritten: of the run that is resumed, and from now on of this one.
         tensors: whether there will be a TensorsRow.
 
     Raises:
@@ -181,19 +191,19 @@ def open_report(run_dir: Path, first_step: int, total_steps: int, tensors: bool 
     """
     # First what may fail, since the others empty their files where a run starts over.
     outlets: list[Outlet] = [TensorBoard(run_dir / "tensorboard", first_step)]
-    outlets.append(Log(run_dir / LOG_NAME, first_step))
+    outlets.append(Log(run_dir / LOG_NAME, first_step, unwritten))
     tensors_log = run_dir / TENSORS_LOG_NAME
     if tensors or tensors_log.exists():
-        outlets.append(TensorsLog(tensors_log, first_step))
+        outlets.append(TensorsLog(tensors_log, first_step, unwritten))
     return Report([*outlets, terminal(first_step, total_steps)])
 
 
 class Log(Outlet):
     """One JSON object a line, kinds ``train`` and ``held_out``, steps ascending."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, unwritten: Unwritten) -> None:
         self.name = str(path)
-        self._file = JsonLines(path, first_step, _check)
+        self._file = JsonLines(path, first_step, _check, unwritten)
 
     def _write(self, rows: Sequence[TrainRow | HeldOutRow]) -> None:
         # The file has every row that the terminal shows.
@@ -212,9 +222,9 @@ class Log(Outlet):
 class TensorsLog(Outlet):
     """One JSON object a line, a ``TensorsRow`` each."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, unwritten: Unwritten) -> None:
         self.name = str(path)
-        self._file = JsonLines(path, first_step, _check_tensors)
+        self._file = JsonLines(path, first_step, _check_tensors, unwritten)
 
     def tensors(self, row: TensorsRow) -> None:
         self._file.add([asdict(row)])

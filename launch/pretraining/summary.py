@@ -50,6 +50,7 @@ def summarize(config: PretrainConfig, first_step: int, seconds: float) -> str:
         first, last = rows[0], rows[-1]
         # The log of the steps before may have been moved away.
         since = f" since step {first['step']}" if first["step"] else ""
+        since += f" to step {last['step']}" if last["step"] < of.steps else ""
         losses = (
             f"held-out loss {first['loss']:.3f} -> {last['loss']:.3f} "
             f"({last['loss'] - first['loss']:+.3f} nats{since}), masked accuracy "
