@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import ParamsT
-from .sharding.comm import Comm, ProcessGroup, Weak, is_dtensor
+from .sharding.comm import Comm, ProcessGroup, WeakGroup, is_dtensor
 from .state import scalar_of, state_dtype
 
 
@@ -134,7 +134,7 @@ class GradientNoiseScale:
         self._small, self._big = small_batch, big_batch
         zero = torch.zeros((), dtype=torch.float64, device="cpu")
         gradient_noise_scale(zero, zero, small_batch, big_batch)
-        self._decay, self._group = decay, Weak(process_group)
+        self._decay, self._group = decay, WeakGroup(process_group)
         self._watched: Tensor | None = None
         self._sums: Tensor | None = None
 

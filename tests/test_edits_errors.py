@@ -308,6 +308,6 @@ def test_groups_that_lack_options_are_refused() -> None:
     p.grad = torch.ones(3)
     opt = Lamb([p], impl="foreach")
     opt.param_groups = [{"params": [p], "lr": 0.1}]
-    with pytest.raises(ValueError, match="lacks the option betas; add_param_group"):
+    with pytest.raises(ValueError, match="lacks the option betas, which rule 'lamb' has; put it"):
         opt.step()
     assert torch.equal(p.detach(), torch.ones(3))

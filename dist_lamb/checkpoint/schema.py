@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import options as lamb_options
 from .. import rules
 from ..base import SKIPPED, LambBase
+from ..lamb import Lamb
 from ..rules import Rule
 from ..sharded import ShardedLamb
 from ..sharding.comm import is_dtensor
@@ -97,14 +98,11 @@ class Names:
         self.formats: dict[str, Formats] = {}
         if optimizer is None:
             return
-        kind = type(optimizer).__name__
-        if not isinstance(optimizer, LambBase):
-            raise TypeError(f"Lamb or ShardedLamb expected, got {kind}")
-        if hasattr(optimizer, "load_full_optimizer_state_dict"):
-            raise CheckpointError(
-                f"Lamb or ShardedLamb expected, got {kind}: its state lies in DeepSpeed's engine; "
-                "use engine.save_checkpoint(), or full_optimizer_state_dict()"
-            )
+        if not isinstance(optimizer, Lamb | ShardedLamb):
+            ours = isinstance(optimizer, LambBase)
+            way_out = "; under DeepSpeed use its engine's save_checkpoint()" if ours else ""
+            kind = type(optimizer).__name__
+            raise TypeError(f"Lamb or ShardedLamb expected, got {kind}{way_out}")
         for group, options in zip(optimizer.named_groups(), optimizer.param_groups):
             for name, p in group:
                 if id(p) not in names:

@@ -47,7 +47,7 @@ class Comm:
             raise ValueError(
                 f"Invalid process_group: {group!r}; a ProcessGroup, None or 'self' expected"
             )
-        self._group, self._across = Weak(group), Weak(across)
+        self._group, self._across = WeakGroup(group), WeakGroup(across)
         self.world_size: int = dist.get_world_size(group) if group is not None else 1
         self.rank: int = dist.get_rank(group) if group is not None else 0
         self.replicas: int = dist.get_world_size(across) if across is not None else 1
@@ -261,7 +261,7 @@ class Comm:
         return found
 
 
-class Weak:
+class WeakGroup:
     """A process group, or None, without keeping it alive.
 
     Else ``destroy_process_group()`` would leave gloo's threads running. One that still lets go of
