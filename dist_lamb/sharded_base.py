@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -40,8 +41,8 @@ class ShardedBase(LambBase):
     #: params in the order of first arrival, for as long as there are no buffers
     _used: dict[int, None]
     _numbered: list[Tensor]
-    #: by group, the options that ranks have compared
-    _agreed: list[dict[str, Any]]
+    #: by group what ranks have compared: options, and which params
+    _agreed: list[tuple[dict[str, Any], list[int]]]
     #: whether a step has looked at params that it cannot take
     _looked: bool
     #: whether a newer optimizer has the params
@@ -73,7 +74,7 @@ class ShardedBase(LambBase):
             return
         self._members.lockstep.meet("add_param_group()")
         self._members.require_same(self._described(), self._all_params())
-        self._agreed = list(map(compared_options, self.param_groups))
+        self._agreed = list(map(_compared, self.param_groups))
         self._comm.broadcast_all(self.param_groups[-1]["params"])
         if self._kept is not None:
             self._lay_out_anew(self._kept)
@@ -94,20 +95,28 @@ class ShardedBase(LambBase):
             module = self._module and self._module()
             buffers = module.buffers() if module else ()
             members.join(self._described(), self._all_named(), buffers)
-            self._agreed = list(map(compared_options, self.param_groups))
+            self._agreed = list(map(_compared, self.param_groups))
             assert members.lockstep is not None
         return members.lockstep
 
     def _changed_options(self) -> str:
-        """Those that are others than when the ranks last compared all of them."""
+        """What is not as it was when the ranks last compared their groups."""
         if self._comm.num_ranks == 1:
             return ""
-        changed = [
-            f"{name}={value!r} in group {i}"
-            for i, (group, agreed) in enumerate(zip(self.param_groups, self._agreed))
-            for name, value in compared_options(group).items()
-            if value != agreed.get(name)
-        ]
+        changed = []
+        for i, (group, (options, params)) in enumerate(zip(self.param_groups, self._agreed)):
+            now, members = _compared(group)
+            if members != params:
+                number = {id(p): n for n, p in enumerate(self._numbered)}
+                code = zlib.crc32(repr([number.get(member) for member in members]).encode())
+                changed.append(f"{len(members)} params ({code:08x}) in group {i}")
+            changed += [
+                f"{name}={value!r} in group {i}"
+                for name, value in now.items()
+                if value != options.get(name)
+            ]
+        if len(self.param_groups) != len(self._agreed):
+            changed.append(f"{len(self.param_groups)} groups")
         return f" with {', '.join(changed)}" if changed else ""
 
     @property
@@ -295,3 +304,7 @@ class ShardedBase(LambBase):
         gatherer.gather()
         self._consolidated = None
         self.state_loaded()
+
+
+def _compared(group: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    return compared_options(group), list(map(id, group["params"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,18 +34,27 @@ def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
         )
     for i, group in enumerate(groups):
         described.append(f"{len(group['params'])} params in group {i}")
-        kept = {**group, "lr": float(group["lr"])}
-        for name in sorted(kept.keys() - {"params", "param_names", SKIPPED}):
+        kept = {**group, **compared_options(group), "lr": float(group["lr"])}
+        for name in sorted(kept.keys() - {"params", "param_names", SKIPPED}, key=str):
             described.append(f"{name}={kept[name]!r} in group {i}")
     return described
 
 
 def compared_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a step reads of a group, and ranks must have alike: without an lr on a GPU, which the
-    host would have to wait for."""
+    host would have to wait for. Equal values are equal, of whatever type they are."""
     lr = group["lr"]
     on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    return {**options.owned(group), "lr": None if on_gpu else float(lr)}
+    found = {name: _plain(value) for name, value in options.owned(group).items()}
+    return {**found, "lr": None if on_gpu else _plain(float(lr))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):  # a copy: a list may be changed in place
+        return tuple(map(_plain, value))
+    if isinstance(value, Real) and value is not True and value is not False:
+        return float(value) + 0.0  # -0.0 is 0.0
+    return value
 
 
 def gradient_problem(named: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -453,7 +453,7 @@ if __name__ == "__main__":
     except SystemExit as end:
         if end.code != 2:
             raise
-        with suppress(CheckpointError):
+        with suppress(Exception):  # of ranks that are gone, too
             wait()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # it is where a shell has closed it

@@ -440,6 +440,13 @@ def _nothing_is_changed(rank: int, world: int, folder: str) -> None:
     assert a.value == 7
     with pytest.raises(CheckpointError, match="stateful 'a' is of type int, which has no "):
         checkpoint.save(folder, 3, model, optimizer, stateful={"a": 1})  # type: ignore[dict-item]
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    with pytest.raises(CheckpointError, match="state is cut over 3 ranks, but process_group has 1"):
+        checkpoint.save(f"{folder} {rank}", 3, model, optimizer, process_group=alone)
+    cut, mesh = nn.Linear(6, 6, bias=False), init_device_mesh("cpu", (world,))
+    cut.weight = nn.Parameter(distribute_tensor(cut.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(CheckpointError, match=r"model\.weight is cut over 3 ranks, but process_gr"):
+        checkpoint.save(f"{folder} {rank}", 3, cut, process_group=alone)
     with pytest.raises(CheckpointError, match="step-2: has no state of c"):
         checkpoint.load(folder, model, optimizer, stateful={"c": a})
     optimizer.param_groups[1]["weight_decay"] = 0.25

@@ -428,6 +428,21 @@ def test_a_script_that_ends_without_waiting(tmp_path: Path) -> None:
     assert f"the last save_async() failed: {tmp_path / 'file'}" in done[1].stderr
 
 
+def test_an_error_beside_the_training_is_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the docstring of wait() promises: of a process group that is gone, say."""
+
+    def gone(*_: object) -> Path:
+        raise RuntimeError("the process group was destroyed")
+
+    monkeypatch.setattr(checkpoint.saving, "_write", gone)
+    model, optimizer = build()
+    pending = checkpoint.save_async(tmp_path, 1, model, optimizer)
+    with pytest.raises(CheckpointError, match=r"group was destroyed \(before .* wait\(\) for a"):
+        pending.wait()
+
+
 def test_nowhere_to_print(saved: Path) -> None:
     """``dist-lamb verify RUN >&-``"""
     command = [sys.executable, "-m", "dist_lamb", "verify", str(saved)]

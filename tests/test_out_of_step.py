@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -453,11 +454,24 @@ def other_options_on_one_rank(rank: int, group: Any) -> None:
             optimizer.step,
         )
         of[name] = own
+    # A list, as JSON gives, that is changed in place; and a param that moves.
+    of["betas"] = list(of["betas"])
+    of["betas"][0] -= 0.1 * rank
+    refused(r"rank 1 came for .* with betas=\(0\.8, 0\.999\) in group 0", optimizer.step)
+    of["betas"] = (0.9, 0.999)
+    if rank:
+        of["params"].reverse()
+    refused(r"rank 1 came for .* with 4 params \(\w{8}\) in group 0\.", optimizer.step)
+    if rank:
+        of["params"].reverse()
     of["lr"] = torch.tensor(0.5 if rank else own_lr(optimizer))
     told = "rank 1 came for step 2.* with lr=0.5 in group 0"
     refused(told, optimizer.step)
     of["lr"] = own_lr(optimizer)
     assert digest(net) == before
+    # Equal values, of other types.
+    of["betas"] = [0.9, 0.999] if rank else (0.9, 0.999)
+    of["eps"] = np.float64(1e-6) if rank else 1e-6
     optimizer.step()
     assert digest(net) == by_lamb([both(0), both(1), both(2)])
 

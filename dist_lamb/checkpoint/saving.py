@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..base import LambBase
 from ..sharded import ShardedLamb
 from ..sharding.comm import Comm, ProcessGroup, host_comm, is_dtensor
+from ..sharding.dtensors import num_pieces
 from . import folder, schema, storage
 from . import rng as rng_states
 from .collective_try import collective_try, on_rank_zero
@@ -148,7 +149,17 @@ def save_async(
 
     # Not raised here: an error on this rank alone would leave the threads of the others waiting.
     result = _result_or_error(staged_snapshot)
-    _pending = Pending(_executor.submit(_write, comm, Path(directory), step, result, keep))
+
+    def write() -> Path:
+        try:
+            return _write(comm, Path(directory), step, result, keep)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            text = f"{error} (before its process group is destroyed, wait() for a save_async())"
+            raise CheckpointError(text) from error
+
+    _pending = Pending(_executor.submit(write))
     return _pending
 
 
@@ -194,6 +205,14 @@ def _snapshot(
         raise CheckpointError(f"keep must be None or an integer >= 1, got {keep!r}")
     names = schema.Names(model, optimizer)
     tensors = schema.tensors_to_save(names, optimizer)
+    pieces = {key: num_pieces(t) for key, t in tensors.items() if is_dtensor(t)}
+    if isinstance(optimizer, ShardedLamb):
+        pieces["the optimizer's state"] = optimizer._comm.world_size
+    for what, ranks in pieces.items():
+        if ranks > comm.world_size:  # else a part would be written, and only loading would tell
+            raise CheckpointError(
+                f"{what} is cut over {ranks} ranks, but process_group has {comm.world_size}"
+            )
     if comm.rank:
         # Rank 0 writes what is the same on every rank.
         tensors = {k: t for k, t in tensors.items() if isinstance(t, Fragment) or is_dtensor(t)}

@@ -43,6 +43,9 @@ class Comm:
             group = dist.group.WORLD
         elif group == "self":
             group = None
+        given: object = group
+        if given == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this process is not a member of the process group it was given")
         if not isinstance(group, ProcessGroup | None):
             raise ValueError(
                 f"Invalid process_group: {group!r}; a ProcessGroup, None or 'self' expected"
@@ -54,8 +57,6 @@ class Comm:
         #: whether another group of ranks may compute the same sums
         self.replicated = self.replicas > 1
         self._nccl = group is not None and _torch_private.gpu_backend(group) == "nccl"
-        if self.rank < 0:
-            raise ValueError("this process is not a member of the process group it was given")
 
     @property
     def group(self) -> ProcessGroup | None:

@@ -5,6 +5,7 @@ Every function takes a plain tensor too, and then has nothing to do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import _torch_private
 from ..elements import Elements
-from .comm import ProcessGroup, is_dtensor
+from .comm import Comm, ProcessGroup, is_dtensor
 
 if TYPE_CHECKING:
     from .comm import DTensor
@@ -117,6 +118,11 @@ def cut_axes(t: Tensor) -> Iterator[Axis]:
         # Not is_shard(): false for the strided shards of FSDP over TP.
         if not placement.is_replicate() and mesh.size(axis) > 1:
             yield Axis(mesh.get_group(axis), mesh.device_type)
+
+
+def num_pieces(t: Tensor) -> int:
+    """Over how many ranks ``t`` is cut."""
+    return math.prod(Comm(axis.group).world_size for axis in cut_axes(t))
 
 
 def refusal(p: Tensor) -> str | None:
