@@ -296,8 +296,9 @@ class ShardedLamb(ShardedBase):
             left = True
         if reducer is not None:
             what += f" {reducer.rounds.described()}"
-        what += self._changed_options()
-        left = lockstep.meet(what, left)
+        changed, groups = self._changed_groups()
+        left = lockstep.meet(what + changed, left)
+        self._agreed = groups
         self._steps += 1
         return left
 

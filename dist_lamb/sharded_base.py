@@ -6,7 +6,7 @@ import weakref
 import zlib
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from .sharding.members import Members
 from .sharding.overlap import GradientReducer, ParamGatherer
 from .sharding.settings import Settings
 from .sharding.shards import OwnedRange
+
+#: by group: options, and which params
+_Compared: TypeAlias = list[tuple[dict[str, Any], list[int]]]
 
 
 class ShardedBase(LambBase):
@@ -41,8 +44,8 @@ class ShardedBase(LambBase):
     #: params in the order of first arrival, for as long as there are no buffers
     _used: dict[int, None]
     _numbered: list[Tensor]
-    #: by group what ranks have compared: options, and which params
-    _agreed: list[tuple[dict[str, Any], list[int]]]
+    #: what ranks have compared
+    _agreed: _Compared
     #: whether a step has looked at params that it cannot take
     _looked: bool
     #: whether a newer optimizer has the params
@@ -72,8 +75,13 @@ class ShardedBase(LambBase):
         self._looked = False
         if not self._ready or self._members.lockstep is None:
             return
-        self._members.lockstep.meet("add_param_group()")
-        self._members.require_same(self._described(), self._all_params())
+        try:
+            self._members.lockstep.meet("add_param_group()")
+            self._members.require_same(self._described(), self._all_params())
+        except Exception:
+            # A refused group must not stay behind half added.
+            del self.param_groups[-1]
+            raise
         self._agreed = list(map(_compared, self.param_groups))
         self._comm.broadcast_all(self.param_groups[-1]["params"])
         if self._kept is not None:
@@ -99,25 +107,24 @@ class ShardedBase(LambBase):
             assert members.lockstep is not None
         return members.lockstep
 
-    def _changed_options(self) -> str:
-        """What is not as it was when the ranks last compared their groups."""
+    def _changed_groups(self) -> tuple[str, _Compared]:
+        """What is not as it was when the ranks last compared their groups, and what they are."""
         if self._comm.num_ranks == 1:
-            return ""
-        changed = []
-        for i, (group, (options, params)) in enumerate(zip(self.param_groups, self._agreed)):
-            now, members = _compared(group)
-            if members != params:
-                number = {id(p): n for n, p in enumerate(self._numbered)}
-                code = zlib.crc32(repr([number.get(member) for member in members]).encode())
-                changed.append(f"{len(members)} params ({code:08x}) in group {i}")
-            changed += [
-                f"{name}={value!r} in group {i}"
-                for name, value in now.items()
-                if value != options.get(name)
-            ]
-        if len(self.param_groups) != len(self._agreed):
-            changed.append(f"{len(self.param_groups)} groups")
-        return f" with {', '.join(changed)}" if changed else ""
+            return "", self._agreed
+        now = list(map(_compared, self.param_groups))
+        number: dict[int, int] = {}
+        changed: dict[str, list[int]] = {}
+        for i, ((options, members), (before, others)) in enumerate(zip(now, self._agreed)):
+            if members != others:
+                number = number or {id(p): n for n, p in enumerate(self._numbered)}
+                code = _code([number.get(member) for member in members])
+                changed.setdefault(f"{len(members)} params ({code})", []).append(i)
+            for name, value in options.items():
+                if value != before.get(name):
+                    changed.setdefault(f"{name}={value!r}", []).append(i)
+        if len(now) != len(self._agreed):
+            changed[f"{len(now)} groups"] = []
+        return _listed(changed), now
 
     @property
     def _comm(self) -> Comm:
@@ -308,3 +315,18 @@ class ShardedBase(LambBase):
 
 def _compared(group: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return compared_options(group), list(map(id, group["params"]))
+
+
+def _code(value: object) -> str:
+    return f"{zlib.crc32(repr(value).encode()):08x}"
+
+
+def _listed(changed: Mapping[str, list[int]]) -> str:
+    """Short, for it is written at every step; a code stands for what is left out."""
+    texts = []
+    for what, groups in changed.items():
+        few = ", ".join(map(str, groups[:4]))
+        many = f" to {groups[-1]} ({_code(groups)})" if len(groups) > 4 else ""
+        texts.append(f"{what} in group {few}{many}" if groups else what)
+    more = f" and {len(texts) - 6} more ({_code(texts)})" if len(texts) > 6 else ""
+    return f" with {', '.join(texts[:6])}{more}" if texts else ""

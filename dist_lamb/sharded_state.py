@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import options, rules
-from .base import SKIPPED, count_here
+from .base import count_here
 from .fingerprint import Fingerprint
 from .kernels import make_update
 from .kernels.device import mask_of
@@ -34,26 +34,27 @@ def described_setup(named_groups: Sequence[Any], groups: Groups) -> list[str]:
         )
     for i, group in enumerate(groups):
         described.append(f"{len(group['params'])} params in group {i}")
-        kept = {**group, **compared_options(group), "lr": float(group["lr"])}
-        for name in sorted(kept.keys() - {"params", "param_names", SKIPPED}, key=str):
-            described.append(f"{name}={kept[name]!r} in group {i}")
+        kept = {**compared_options(group), "lr": plain(float(group["lr"]))}
+        described += [f"{name}={value!r} in group {i}" for name, value in kept.items()]
     return described
 
 
 def compared_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a step reads of a group, and ranks must have alike: without an lr on a GPU, which the
-    host would have to wait for. Equal values are equal, of whatever type they are."""
+    host would have to wait for. Equal values are equal, of whatever type they are; numbers to 7
+    digits, since the cosine of a schedule differs between machines in its last bit."""
     lr = group["lr"]
     on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    found = {name: _plain(value) for name, value in options.owned(group).items()}
-    return {**found, "lr": None if on_gpu else _plain(float(lr))}
+    found = {name: plain(value) for name, value in options.owned(group).items()}
+    return {**found, "lr": None if on_gpu else plain(float(lr))}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As :func:`compared_options` compares it."""
     if isinstance(value, (list, tuple)):  # a copy: a list may be changed in place
-        return tuple(map(_plain, value))
+        return tuple(map(plain, value))
     if isinstance(value, Real) and value is not True and value is not False:
-        return float(value) + 0.0  # -0.0 is 0.0
+        return float(f"{float(value):.7g}") + 0.0  # -0.0 is 0.0
     return value
 
 

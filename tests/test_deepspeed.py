@@ -278,6 +278,10 @@ def _move(rank: int, world: int) -> None:
         with pytest.raises(ValueError, match="param group 0 is of rule 'adagrad' with"):
             second.optimizer.load_full_optimizer_state_dict(other)
         assert "adagrad" not in [group["rule"] for group in second.optimizer.param_groups]
+        foreign = {i: {**s, "max_exp_avg_sq": torch.ones(1)} for i, s in saved["state"].items()}
+        if not loading.rules:
+            with pytest.raises(ValueError, match=r"saved max_exp_avg_sq of emb\.weight is of rule"):
+                second.optimizer.load_full_optimizer_state_dict({**saved, "state": foreign})
         shapes = saved["state"][0]
         shapes["exp_avg"] = shapes["exp_avg"][:-1]
         with pytest.raises(ValueError, match=r"exp_avg of emb.weight has shape \(96, 64\), the pa"):

@@ -476,6 +476,36 @@ def other_options_on_one_rank(rank: int, group: Any) -> None:
     assert digest(net) == by_lamb([both(0), both(1), both(2)])
 
 
+def groups_that_ranks_do_not_share(rank: int, group: Any) -> None:
+    """A group that is refused does not stay, and many groups make no long message."""
+    net = Net(**{f"more{i}": (2,) for i in range(60)})
+    params = list(net.p.values())
+    optimizer = sharded(net, group, params=True)
+    optimizer.param_groups[0]["params"][1:] = []
+    one_each = ShardedLamb(
+        [{"params": [p]} for p in params[1:]], lr=0.1, bucket_numel=1, process_group=group
+    )
+    for t in range(2):
+        net(factors(t, rank)).backward()
+        one_each.step()
+    added = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"rank 0 has weight_decay=0\.0 in group 63, rank 1 "):
+        one_each.add_param_group({"params": [added], "weight_decay": float(rank)})
+    assert len(one_each.param_groups) == 63
+    for i, of in enumerate(one_each.param_groups):
+        of["lr"], of["weight_decay"] = 0.2, 0.5 * (rank and i == 40)
+    net(factors(2, rank)).backward()
+    told = refused(r"lr=0\.2 in group 0, 1, 2, 3 to 62 \(\w{8}\), weight_decay=", one_each.step)
+    assert len(told) < 700
+    one_each.param_groups[40]["weight_decay"] = 0.0
+    one_each.step()
+    # What was agreed on is told no more.
+    one_each.param_groups[1]["lr"] = 0.3 + rank
+    net(factors(3, rank)).backward()
+    told = refused("rank 0 came for step 3 .*with lr=0.3 in group 1; rank 1", one_each.step)
+    assert "0.2" not in told
+
+
 def own_lr(optimizer: ShardedLamb) -> float:
     return float(optimizer.defaults["lr"])
 
@@ -506,6 +536,7 @@ CASES: list[Case] = [
     does_not_come,
     bad_on_one_rank,
     other_options_on_one_rank,
+    groups_that_ranks_do_not_share,
     whole_state_on_one_rank,
 ]
 

@@ -251,4 +251,4 @@ def _write(
     storage.write(snapshot.tensors, temporary, step, snapshot.state, comm)
     if keep is not None and comm.rank == 0:
         folder.retain(directory, step, keep)
-    return directory / f"step-{step}"
+    return temporary.with_name(f"step-{step}")  # where rank 0 has it

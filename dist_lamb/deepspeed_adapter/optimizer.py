@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -407,17 +408,14 @@ class DeepSpeedLamb(LambBase):
 
         Call it after ``deepspeed.initialize`` and after the model's values are in place. What is in
         ``master`` of params in half precision replaces DeepSpeed's float32 values.
-
         Raises ``ValueError`` naming what does not fit; nothing is changed then.
         """
         given = foreign.understood(state_dict, self.param_groups)
         groups, saved = given["param_groups"], given["state"]
         sizes = [hi - lo for lo, hi in pairwise(self._starts) if lo < hi]
-        if [len(group["params"]) for group in groups] != sizes:
-            raise ValueError(
-                f"loaded groups of {[len(g['params']) for g in groups]} params, this optimizer has "
-                f"groups of {sizes}"
-            )
+        if (theirs := [len(group["params"]) for group in groups]) != sizes:
+            text = f"loaded groups of {theirs} params, this optimizer has groups of {sizes}"
+            raise ValueError(text)
         for i, (group, own) in enumerate(zip(groups, self.param_groups)):
             options.check_group(options.completed(group, self.defaults))
             other, rule = rules.of(group), rules.of(own)
@@ -426,6 +424,8 @@ class DeepSpeedLamb(LambBase):
                     f"loaded param group {i} is of rule {other.name!r} with {list(other.states)}, "
                     f"this optimizer's is of {rule.name!r} with {list(rule.states)}"
                 )
+        own_groups = [{**own, "params": g["params"]} for own, g in zip(self.param_groups, groups)]
+        foreign.refuse_other_states(state_dict, own_groups, [o.name for o in self._originals])
         ids = [i for group in groups for i in group["params"]]
         whole = {o.number: saved.get(i, {}) for o, i in zip(self._originals, ids)}
         for o in self._originals:
@@ -436,14 +436,14 @@ class DeepSpeedLamb(LambBase):
                         f"loaded {name} of {o.name} has shape {tuple(value.shape)}, "
                         f"the param has {tuple(logical_shape(o.param))}"
                     )
+        steps = [float(entry.get("step", 0.0)) for entry in whole.values()]
         parts = self._all_steps()
         assert self._steps_taken is not None
         for part in parts:
             part.load_whole_state(whole, self.state)
-        for number, entry in whole.items():
-            self._steps_taken[number] = float(entry.get("step", 0.0))
+        self._steps_taken.copy_(torch.tensor(steps, dtype=torch.float32, device="cpu"))
         for group, loaded in zip(self.param_groups, groups):
-            group.update({**options.owned(loaded), **options.formats(group)})
+            group.update(copy.deepcopy({**options.owned(loaded), **options.formats(group)}))
         self._show_steps(self.param_groups, parts)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,13 +23,16 @@ class Settings:
     bucket_numel: int
 
     def __post_init__(self) -> None:
-        if self.stage not in (1, 2):
+        for name in ("reduce_gradients", "overlap", "overlap_gather"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Invalid {name}: {getattr(self, name)!r}; True or False expected")
+        if type(self.stage) is not int or self.stage not in (1, 2):
             raise ValueError(f"Invalid stage: {self.stage!r}; 1 (shard state) or 2 (and gradients)")
-        if not isinstance(self.bucket_numel, int) or self.bucket_numel < 1:
+        if type(self.bucket_numel) is not int or self.bucket_numel < 1:
             raise ValueError(f"Invalid bucket_numel: {self.bucket_numel!r}")
         dtype: object = self.reduce_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"Invalid reduce_dtype: {dtype!r}; a torch.dtype of floats expected")
+        if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"Invalid reduce_dtype: {dtype!r}; e.g. torch.float32 expected")
         if self.accumulate not in ("local", "sharded"):
             raise ValueError(f"Invalid accumulate: {self.accumulate!r}; 'local' or 'sharded'")
         can_add_up = self.stage == 2 and self.reduce_gradients and self.overlap
