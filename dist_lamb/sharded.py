@@ -98,7 +98,8 @@ class ShardedLamb(ShardedBase):
         ValueError: ranks that differ in names, shapes, dtypes or options, naming the first
             difference; an option out of its range. RuntimeError: params on several devices or on
             the meta device; sparse gradients; DTensors; from ``step()`` and ``backward()``, on all
-            ranks within the timeout of the process group, ranks that are out of step.
+            ranks within the timeout of the process group, ranks that are out of step, or
+            have changed their groups differently.
     """
 
     def __init__(

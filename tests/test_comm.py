@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +176,11 @@ def test_without_other_ranks_everything_is_local() -> None:
 
 
 def _threads_of_gloo() -> list[str]:
-    tasks = Path("/proc/self/task").iterdir()
-    return [name for t in tasks if "gloo" in (name := (t / "comm").read_text().strip())]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it ended just now
+            found.append((task / "comm").read_text().strip())
+    return [name for name in found if "gloo" in name]
 
 
 def _destroyed_groups_end(rank: int, world: int, folder: str) -> None:
@@ -191,6 +196,10 @@ def _destroyed_groups_end(rank: int, world: int, folder: str) -> None:
     del mesh, over  # torch's own, which keeps its groups
     assert _threads_of_gloo()
     dist.destroy_process_group()
+    # Their entries may be seen for a moment after they were joined.
+    until = time.monotonic() + 60
+    while _threads_of_gloo() and time.monotonic() < until:
+        time.sleep(0.05)
     assert not _threads_of_gloo()
     with pytest.raises(RuntimeError, match=r"destroy_process_group\(\): call this before, or make"):
         optimizer.step()
