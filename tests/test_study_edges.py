@@ -17,7 +17,7 @@ from studying import results, training
 from studying.config import StudyConfig, load_study
 from studying.results import Row, Run
 from studying.training import Job, Stopped, make_pack, train_rows
-from test_study import CONFIG, SMALL, made_up, row_of
+from test_study import CONFIG, ROOT, SMALL, made_up, row_of
 from texts import write_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -607,3 +607,27 @@ def test_options_out_of_range_are_errors(
         error = capsys.readouterr().err
         assert f"error: argument {option}: must be {wanted}, got {value}" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["calibration.csv", "noise.csv", "trust.csv"])
+@pytest.mark.parametrize("damage", ["cut", "text", "header"])
+def test_damage_in_the_other_tables_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    """A traceback of whatever came across it."""
+    for copied in ("study.csv", name):
+        shutil.copy(ROOT / "launch" / "results" / copied, tmp_path)
+    path = tmp_path / name
+    header, first, *rest = path.read_text().splitlines(keepends=True)
+    if damage == "cut":
+        first = first[: len(first) // 2] + "\n"
+    elif damage == "text":
+        first = ",".join("?" for _ in first.split(",")) + "\n"
+    else:
+        header = header.upper()
+    path.write_text("".join([header, first, *rest]))
+    config = str(ROOT / "configs" / "study_large_batch.toml")
+    assert study.main(["report", config, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {path}, line 2: " in error
+    assert "put it right, or move the file away" in error

@@ -15,7 +15,7 @@ from pretraining.config import ConfigError
 from studying.config import StudyConfig
 from studying.data import Sequences
 from studying.grid import first_lrs
-from studying.results import Cell, Run
+from studying.results import Cell, Run, read_table
 from studying.training import Mode, Pack, make_pack
 
 FILE = "calibration.csv"
@@ -180,11 +180,9 @@ def best_mode(path: Path) -> Mode:
     """``compile`` where ``calibration.csv`` has it at least 1.2 times as fast as ``graph`` in every
     case that both were measured in, else ``graph``: compiling takes time too."""
     speed: dict[tuple[str, ...], dict[str, float]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                case = row["architecture"], row["batch"], row["runs"]
-                speed.setdefault(case, {})[row["mode"]] = float(row["tokens_per_s"])
+    for row in read_table(path, ("batch", "runs", "tokens_per_s")):
+        case = row["architecture"], row["batch"], row["runs"]
+        speed.setdefault(case, {})[row["mode"]] = float(row["tokens_per_s"])
     gains = [
         of["compile"] / of["graph"] for of in speed.values() if {"compile", "graph"} <= of.keys()
     ]

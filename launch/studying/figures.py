@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from studying.config import StudyConfig
 from studying.grid import Results, basin
+from studying.results import read_table
 from studying.tables import Found, fewest_steps
 
 _COLORS = ["#2b5c94", "#c8442d", "#7aa6d8", "#e2a08f", "#4f8f4f", "#8a5fa8", "#b58b2b"]
@@ -35,7 +35,8 @@ def draw(
     """Draw all for which there are rows; the files that were written."""
     to.mkdir(parents=True, exist_ok=True)
     colors = dict(zip(config.rules, _COLORS * 9))
-    noises, trusts = _read(noise), _read(trust)
+    noises = read_table(noise, ("batch", "step", "steps", "noise_scale"))
+    trusts = read_table(trust, ("batch", "step", "steps", "trust_ratio"))
     figures: dict[str, Figure | None] = {
         f"study_basins_{a}.png": _basins(config, results, cells, a, colors)
         for a in config.architectures
@@ -52,13 +53,6 @@ def draw(
             plt.close(figure)
             written.append(to / name)
     return written
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _plain(axes: Axes) -> None:

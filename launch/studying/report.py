@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 from studying import calibrate, figures, identity, probe, tables
 from studying.config import StudyConfig
-from studying.results import FILE, ResultsError, read
+from studying.results import FILE, ResultsError, read, read_table
 
 TEXT = "study.md"
 HEADING = "## Results"
@@ -101,10 +100,9 @@ def _steps(config: StudyConfig, results: tables.Results) -> str:
 
 def _wall_clock(path: Path) -> str:
     """One run alone at each batch, and how many runs together use the device."""
-    if not path.exists():
+    rows = read_table(path, ("tokens_per_s",))
+    if not rows:
         return ""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     header = ["model", "batch", "runs together", "mode", "ms a step", "M tokens/s", "device"]
     return tables.table(
         header,

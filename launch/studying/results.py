@@ -7,7 +7,7 @@ import fcntl
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -177,6 +177,34 @@ def read(*paths: Path) -> dict[Run, Row]:
                 "again"
             ) from None
     return found
+
+
+def read_table(path: Path, numbers: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of another CSV file by its header; none where there is no file.
+
+    Args:
+        numbers: columns whose values are numbers.
+
+    Raises:
+        ResultsError: a damaged row, or one without these columns.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        try:
+            for row in lines:
+                if None in row or None in row.values():
+                    raise ValueError("not as many fields as the header has")
+                for name in numbers:
+                    float(row[name])
+                rows.append(row)
+        except (ValueError, KeyError, csv.Error) as error:
+            raise ResultsError(
+                f"{path}, line {lines.line_num}: {error}; put it right, or move the file away"
+            ) from None
+    return rows
 
 
 def _points(text: str) -> tuple[tuple[int, float], ...]:
