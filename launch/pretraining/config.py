@@ -58,6 +58,7 @@ Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]
 Fraction = Annotated[float, Range(above=0, below=1)]
 Probability = Annotated[float, Range(at_least=0, below=1)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 
 
 class _FieldError(ValueError):
@@ -75,7 +76,7 @@ class _Section:
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             try:
-                value = _converted(hints[field.name], given)
+                value = converted(hints[field.name], given)
             except ValueError:
                 wanted = describe(hints[field.name])
                 raise _FieldError(
@@ -221,7 +222,7 @@ class TrainConfig(_Section):
     micro_batch: PositiveInt
     """Sequences a rank and forward pass: a divisor of those that a rank has of global_batch, or
     more."""
-    seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = 0
+    seed: Seed = 0
     """Of weights, order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one."""
@@ -410,11 +411,11 @@ def _listed() -> str:
     return ", ".join(f"[{name}]" for name in SECTIONS)
 
 
-def _converted(hint: Any, value: Any) -> Any:
+def converted(hint: Any, value: Any) -> Any:
     """``value`` as ``hint`` asks; ValueError where it does not fit."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        number = _converted(args[0], value)
+        number = converted(args[0], value)
         if number not in args[1]:
             raise ValueError
         return number
@@ -425,11 +426,12 @@ def _converted(hint: Any, value: Any) -> Any:
                 return choice
         raise ValueError
     if origin in (Union, types.UnionType):
-        return None if value is None else _converted(args[0], value)
+        return None if value is None else converted(args[0], value)
     if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(args):
+        if not isinstance(value, list | tuple):
             raise ValueError
-        return tuple(_converted(arg, item) for arg, item in zip(args, value, strict=True))
+        each = args[:1] * len(value) if args[-1] is ... else args
+        return tuple(converted(arg, item) for arg, item in zip(each, value, strict=True))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -447,6 +449,8 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in args)
     if origin in (Union, types.UnionType):
         return describe(args[0])
+    if origin is tuple and args[-1] is ...:
+        return f"a list, each {describe(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)} values, each {describe(args[0])}"
     names: Mapping[Any, str] = {

@@ -6,7 +6,7 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from pretraining.config import (
     ConfigError,
@@ -18,6 +18,8 @@ from pretraining.config import (
     PositiveInt,
     Probability,
     Range,
+    Seed,
+    converted,
     describe,
 )
 
@@ -59,7 +61,7 @@ class StudyConfig:
     """Sequences a step; the first is the base batch."""
     samples: Annotated[int, Range(at_least=1, at_most=2**48)]
     """Sequences of every run, whatever its batch."""
-    seeds: tuple[Annotated[int, Range(at_least=0, at_most=2**63 - 1)], ...]
+    seeds: tuple[Seed, ...]
     seq_len: Annotated[int, Range(at_least=8)] = 128
     base_warmup: Fraction = 0.003125
     """Share of the steps at the base batch; grows with the batch (linear-epoch warm-up)."""
@@ -196,9 +198,9 @@ def _made(cls: type[Any], values: Any, section: str, **made: Any) -> Any:
         if key not in names:
             raise ConfigError(f"unknown key {section}.{key}; keys are {sorted(names)}")
         try:
-            found[key] = _fitted(hints[key], value)
+            found[key] = converted(hints[key], value)
         except (ValueError, OverflowError):
-            wanted = _described(hints[key])
+            wanted = describe(hints[key])
             raise ConfigError(f"{section}.{key} must be {wanted}, got {value!r}") from None
     try:
         return cls(**found, **made)
@@ -208,31 +210,3 @@ def _made(cls: type[Any], values: Any, section: str, **made: Any) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"{section}.{error}") from None
-
-
-def _fitted(hint: Any, value: Any) -> Any:
-    """``value`` as ``hint`` asks; ValueError where it does not fit."""
-    args = get_args(hint)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ValueError
-        each = args[:1] * len(value) if args[-1] is ... else args
-        return tuple(_fitted(arg, item) for arg, item in zip(each, value, strict=True))
-    if get_origin(hint) is Annotated:
-        number = _fitted(args[0], value)
-        if number not in args[1]:
-            raise ValueError
-        return number
-    if hint is float and type(value) is int:
-        return float(value)
-    # True is an int to isinstance.
-    if type(value) is not hint:
-        raise ValueError
-    return value
-
-
-def _described(hint: Any) -> str:
-    args = get_args(hint)
-    if args and args[-1] is ...:
-        return f"a list, each {describe(args[0])}"
-    return describe(hint)
