@@ -62,6 +62,8 @@ class JsonLines:
         next call adds them too."""
         name = self._path.name
         text = self._unwritten.lines.pop(name, "") + "".join(map(_line, rows))
+        if not text:
+            return
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("ab") as file:

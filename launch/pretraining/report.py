@@ -191,46 +191,41 @@ def open_report(
     """
     # First what may fail, since the others empty their files where a run starts over.
     outlets: list[Outlet] = [TensorBoard(run_dir / "tensorboard", first_step)]
-    outlets.append(Log(run_dir / LOG_NAME, first_step, unwritten))
+    outlets.append(Log(run_dir / LOG_NAME, first_step, _check, unwritten))
     tensors_log = run_dir / TENSORS_LOG_NAME
     if tensors or tensors_log.exists():
-        outlets.append(TensorsLog(tensors_log, first_step, unwritten))
+        outlets.append(TensorsLog(tensors_log, first_step, _check_tensors, unwritten))
     return Report([*outlets, terminal(first_step, total_steps)])
 
 
-class Log(Outlet):
-    """One JSON object a line, kinds ``train`` and ``held_out``, steps ascending."""
+class _RowsFile(Outlet):
+    """One JSON object a line, steps ascending."""
 
-    def __init__(self, path: Path, first_step: int, unwritten: Unwritten) -> None:
+    def __init__(
+        self, path: Path, first_step: int, check: Callable[[Row], None], unwritten: Unwritten
+    ) -> None:
         self.name = str(path)
-        self._file = JsonLines(path, first_step, _check, unwritten)
-
-    def _write(self, rows: Sequence[TrainRow | HeldOutRow]) -> None:
-        # The file has every row that the terminal shows.
-        self._file.add({"kind": row.kind, **asdict(row)} for row in rows)
-
-    def train(self, rows: Sequence[TrainRow]) -> None:
-        self._write(rows)
-
-    def held_out(self, row: HeldOutRow) -> None:
-        self._write([row])
+        self._file = JsonLines(path, first_step, check, unwritten)
 
     def close(self) -> None:
         self._file.add()
 
 
-class TensorsLog(Outlet):
-    """One JSON object a line, a ``TensorsRow`` each."""
+class Log(_RowsFile):
+    """Kinds ``train`` and ``held_out``. The file has every row that the terminal shows."""
 
-    def __init__(self, path: Path, first_step: int, unwritten: Unwritten) -> None:
-        self.name = str(path)
-        self._file = JsonLines(path, first_step, _check_tensors, unwritten)
+    def train(self, rows: Sequence[TrainRow]) -> None:
+        self._file.add({"kind": row.kind, **asdict(row)} for row in rows)
+
+    def held_out(self, row: HeldOutRow) -> None:
+        self._file.add([{"kind": row.kind, **asdict(row)}])
+
+
+class TensorsLog(_RowsFile):
+    """A ``TensorsRow`` each."""
 
     def tensors(self, row: TensorsRow) -> None:
         self._file.add([asdict(row)])
-
-    def close(self) -> None:
-        self._file.add()
 
 
 def read_log(path: Path) -> list[Row]:
