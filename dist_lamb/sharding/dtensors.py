@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _torch_private
 from ..elements import Elements
-from .comm import Comm, ProcessGroup, is_dtensor
+from .comm import DeviceMesh, ProcessGroup, is_dtensor
 
 if TYPE_CHECKING:
     from .comm import DTensor
@@ -111,18 +111,23 @@ def elsewhere(t: Tensor) -> bool:
 
 def cut_axes(t: Tensor) -> Iterator[Axis]:
     """The axes over which sums over this rank's piece of ``t`` must be added up."""
+    for axis, mesh in _cuts(t):
+        yield Axis(mesh.get_group(axis), mesh.device_type)
+
+
+def num_pieces(t: Tensor) -> int:
+    """Over how many ranks ``t`` is cut."""
+    return math.prod(mesh.size(axis) for axis, mesh in _cuts(t))
+
+
+def _cuts(t: Tensor) -> Iterator[tuple[int, DeviceMesh]]:
     if not is_dtensor(t) or elsewhere(t):
         return
     mesh = t.device_mesh
     for axis, placement in enumerate(t.placements):
         # Not is_shard(): false for the strided shards of FSDP over TP.
         if not placement.is_replicate() and mesh.size(axis) > 1:
-            yield Axis(mesh.get_group(axis), mesh.device_type)
-
-
-def num_pieces(t: Tensor) -> int:
-    """Over how many ranks ``t`` is cut."""
-    return math.prod(Comm(axis.group).world_size for axis in cut_axes(t))
+            yield axis, mesh
 
 
 def refusal(p: Tensor) -> str | None:

@@ -37,9 +37,10 @@ def read_config(optim: OptimConfig) -> dict[str, Any]:
         raise ConfigError(f"optim.deepspeed: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"optim.deepspeed: {path} is no JSON object, {{...}}")
-    if not isinstance(config.get("zero_optimization", {}), dict):
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
         raise ConfigError(f"optim.deepspeed: {path}: zero_optimization is no JSON object, {{...}}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero.get("stage", 0)
     if stage != optim.stage:
         raise ConfigError(f"{path} is for ZeRO stage {stage}, optim.stage is {optim.stage}")
     clipping = config.setdefault("gradient_clipping", optim.max_grad_norm)

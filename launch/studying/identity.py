@@ -29,8 +29,8 @@ _RULE_CHOOSING = {"lrs", "base", "late"}
 _WAY_OUT = "give this study another --out"
 
 
-def of(config: StudyConfig, data_sha256: str, rules: Iterable[str]) -> Identity:
-    """The identity of a study's runs of ``rules``, as JSON gives it back."""
+def of(config: StudyConfig, data_sha256: str | None, rules: Iterable[str]) -> Identity:
+    """The identity of a study's runs of ``rules``, as JSON gives it back; None: of any data."""
     study = {k: v for k, v in asdict(config).items() if k not in _CHOOSING}
     model, all_rules = study.pop("model"), study.pop("rules")
     decides = {}
@@ -39,7 +39,9 @@ def of(config: StudyConfig, data_sha256: str, rules: Iterable[str]) -> Identity:
         if config.rules[name].half_life:
             # Its beta2 is that of the base batch, moved to the run's.
             decides[name]["base_batch"] = config.base_batch
-    found = {"study": study, "model": model, "rules": decides, "data": {"sha256": data_sha256}}
+    found = {"study": study, "model": model, "rules": decides}
+    if data_sha256 is not None:
+        found["data"] = {"sha256": data_sha256}
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
@@ -76,7 +78,7 @@ def claim(
 
 
 def compare(here: Identity, config: StudyConfig, out: Path, rows: Results) -> Identity | None:
-    """What ``study.json`` says, if it is there. ``here`` without "data" is of any data.
+    """What ``study.json`` says, if it is there.
 
     Raises:
         ConfigError: it, or a row by itself, is of another study.

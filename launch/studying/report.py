@@ -25,8 +25,7 @@ def write(
     if not (source / FILE).exists():
         raise ResultsError(f"no {source / FILE}: --out must be a folder where runs are done")
     results = read(source / FILE)
-    here = identity.of(config, "", config.rules)
-    identity.compare({k: v for k, v in here.items() if k != "data"}, config, source, results)
+    identity.compare(identity.of(config, None, config.rules), config, source, results)
     cells = tables.everything(config, results)
     drawn = figures.draw(
         config, results, cells, source / probe.NOISE_FILE, source / probe.TRUST_FILE, to

@@ -101,6 +101,7 @@ class Row:
         return math.isfinite(self.loss) and self.loss > self.unigram_loss - 0.2
 
 
+_TYPES = {f.name: str(f.type) for f in (*fields(Run), *fields(Row))}
 _COLUMNS = [f.name for f in fields(Run)] + [f.name for f in fields(Row) if f.name != "run"]
 
 
@@ -223,11 +224,10 @@ _CONVERT: dict[str, Callable[[str], Any]] = {
 def _row(given: list[str]) -> Row:
     if len(given) != len(_COLUMNS):
         raise ValueError(f"{len(given)} fields, not {len(_COLUMNS)}")
-    types = {f.name: str(f.type) for f in (*fields(Run), *fields(Row))}
     found: dict[str, Any] = {}
     for name, text in zip(_COLUMNS, given):
         try:
-            found[name] = _CONVERT[types[name]](text)
+            found[name] = _CONVERT[_TYPES[name]](text)
         except ValueError:
             raise ValueError(f"{name} is {text!r}") from None
     run = Run(**{f.name: found.pop(f.name) for f in fields(Run)})
