@@ -57,12 +57,6 @@ class Elements(NamedTuple):
             return self._replace(first=self.first + at)
         return self._replace(start=self.start + at * self.strides[0])
 
-    def dims_in_blocks(self, block: int) -> int:
-        """Dims to be counted with: one alone where in a block the high half of a number grows by no
-        more than 1."""
-        dims = len(self.strides)
-        return 2 if dims == 1 and self.strides[0] * block >= 2**32 else dims
-
     def row(self, dims: int) -> list[int]:
         """``first``, ``start``, sizes and strides of ``dims`` dims, the first of them of size 1."""
         more = dims - len(self.strides)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_lamb.kernels.triton_formats import (
     bfloat16_at_random,
     bfloat16_to_nearest,
+    have_one_high,
     master_of,
     numbers_of,
     of_bfloat16,
@@ -48,7 +49,10 @@ def all_numbers(rows, out, DIMS: tl.constexpr, BLOCK: tl.constexpr):
     for i in range(2):
         at = k * 2 * BLOCK + i * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + at, numbers_of(places, i * BLOCK, DIMS, BLOCK))
-        random = random_at(places, i * BLOCK, tl.full([], STEP, tl.float64), DIMS, BLOCK)
+        t = tl.full([], STEP, tl.float64)
+        random = random_at(places, i * BLOCK - 7, 7, t, False, DIMS, BLOCK)
+        if DIMS == 1 and have_one_high(places, i * BLOCK - 7, BLOCK + 7):
+            random = random_at(places, i * BLOCK - 7, 7, t, True, DIMS, BLOCK)
         tl.store(out + tl.num_programs(0) * 2 * BLOCK + at, random.to(tl.int64))
 
 

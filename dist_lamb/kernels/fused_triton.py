@@ -102,7 +102,7 @@ class TritonUpdate:
         )
         #: what the kernels are compiled for: formats of states and params, dims of their elements
         self._state_kind, self._x_kind = _common(narrow), _common(split)
-        dims = [s.elements.dims_in_blocks(BLOCK) for s in segments if s.narrow]
+        dims = [len(s.elements.strides) for s in segments if s.narrow]
         self._dims = max(dims, default=1)
         memory = [[s.x, s.copy, *s.states, s.remainder] for s in segments]
         fixed = [[0 if t is None else t.data_ptr() for t in of_one] for of_one in memory]

@@ -7,13 +7,20 @@ import triton
 import triton.language as tl
 
 from .. import storage_formats as _formats
-from .triton_math import BFLOAT16, FLOAT32, MIXED, NEAREST, load, pointer_at, store
+from .triton_math import (
+    BFLOAT16,
+    FLOAT32,
+    MIXED,
+    NEAREST,
+    load,
+    load_bfloat16,
+    load_bits,
+    pointer_at,
+    store,
+)
 from .triton_rules import on_device
 
-seed_of, salt_of, salted_bits, random_bits = (
-    on_device(f)
-    for f in (_formats.seed_of, _formats.salt_of, _formats.salted_bits, _formats.random_bits)
-)
+seed_of, random_bits = on_device(_formats.seed_of), on_device(_formats.random_bits)
 bfloat16_at_random = on_device(_formats.bfloat16_at_random)
 bfloat16_to_nearest = on_device(_formats.bfloat16_to_nearest)
 of_bfloat16, master_of = on_device(_formats.of_bfloat16), on_device(_formats.master_of)
@@ -50,35 +57,40 @@ def numbers_of(places, at, DIMS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def random_at(places, at, t, DIMS: tl.constexpr, BLOCK: tl.constexpr):
-    """32 bits for each element at its param's step ``t``; with DIMS = 1 of a piece whose stride is
-    below 2**32 / BLOCK."""
-    seed = seed_of(t.to(tl.int32))
-    if DIMS == 1:
-        # Of 64 bits is the first number alone: a high half in a block is that one's or one more.
-        first = places[1] + (places[0] + at) * places[2]
-        begin, high = first.to(tl.int32), (first >> 32).to(tl.int32)
-        low = begin + tl.arange(0, BLOCK) * places[2].to(tl.int32)
-        carried = low.to(tl.uint32, bitcast=True) < begin.to(tl.uint32, bitcast=True)
-        salt = tl.where(carried, salt_of(high + 1, seed), salt_of(high, seed))
+def _first_of(places, at):
+    return places[1] + (places[0] + at) * places[2]
+
+
+@triton.jit
+def have_one_high(places, at, numel):
+    """Whether the numbers of ``numel`` elements from ``at`` on have one high half; DIMS = 1."""
+    last = _first_of(places, at + numel - 1)
+    return (_first_of(places, at) >> 32) == (last >> 32)
+
+
+@triton.jit
+def random_at(
+    places, offset, begin, t, ONE_HIGH: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """32 bits for each of the elements from ``offset + begin`` on at their param's step ``t``.
+
+    ONE_HIGH: :func:`have_one_high` of all from ``offset`` on. Then their first number alone is of
+    64 bits, and a loop over ``begin`` looks for it once.
+    """
+    if ONE_HIGH:
+        first = _first_of(places, offset)
+        at = begin + tl.arange(0, BLOCK)
+        low = first.to(tl.int32) + at * places[2].to(tl.int32)
+        high = (first >> 32).to(tl.int32)
     else:
-        numbers = numbers_of(places, at, DIMS, BLOCK)
-        low, salt = numbers.to(tl.int32), salt_of((numbers >> 32).to(tl.int32), seed)
-    return salted_bits(low, salt)
+        numbers = numbers_of(places, offset + begin, DIMS, BLOCK)
+        low, high = numbers.to(tl.int32), (numbers >> 32).to(tl.int32)
+    return random_bits(low, high, seed_of(t.to(tl.int32)))
 
 
 # --- memory ---------------------------------------------------------------------------------------
 # A KIND says what holds for all segments: FLOAT32 nowhere, BFLOAT16 everywhere, states with NEAREST
 # rounded so, MIXED what `code`, a number of the segment, says.
-
-
-@triton.jit
-def _load_bits(address, offset, mask, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    pointers = pointer_at(address, offset, tl.int16, aligned) + tl.arange(0, BLOCK)
-    if mask is None:
-        return tl.load(pointers).to(tl.int32)
-    else:
-        return tl.load(pointers, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -98,10 +110,10 @@ def load_state(
     if KIND == FLOAT32:
         return load(address, offset, mask, tl.float32, aligned, BLOCK)
     elif KIND != MIXED:
-        return of_bfloat16(_load_bits(address, offset, mask, aligned, BLOCK))
+        return load_bfloat16(address, offset, mask, aligned, BLOCK)
     else:
         if code != 0:
-            value = of_bfloat16(_load_bits(address, offset, mask, aligned, BLOCK))
+            value = load_bfloat16(address, offset, mask, aligned, BLOCK)
         else:
             value = load(address, offset, mask, tl.float32, aligned, BLOCK)
         return value
@@ -141,12 +153,12 @@ def load_x(
     if KIND == FLOAT32:
         return load(x, offset, mask, tl.float32, aligned, BLOCK)
     elif KIND == BFLOAT16:
-        h = _load_bits(x, offset, mask, aligned, BLOCK)
-        return master_of(h, _load_bits(remainder, offset, mask, aligned, BLOCK))
+        h = load_bits(x, offset, mask, aligned, BLOCK)
+        return master_of(h, load_bits(remainder, offset, mask, aligned, BLOCK))
     else:
         if code != 0:
-            h = _load_bits(x, offset, mask, aligned, BLOCK)
-            value = master_of(h, _load_bits(remainder, offset, mask, aligned, BLOCK))
+            h = load_bits(x, offset, mask, aligned, BLOCK)
+            value = master_of(h, load_bits(remainder, offset, mask, aligned, BLOCK))
         else:
             value = load(x, offset, mask, tl.float32, aligned, BLOCK)
         return value

@@ -40,7 +40,7 @@ from .triton_math import (
     participates, store, sum_partials, whole_blocks,
 )
 from .triton_formats import (
-    load_state, load_x, places_of, random_at, store_state, store_x,
+    have_one_high, load_state, load_x, places_of, random_at, store_state, store_x,
 )
 # fmt: on
 from .triton_rules import bound, names_of, on_device
@@ -83,7 +83,7 @@ def _numbers_of(group, param, t, loss_scale, total, early):
 
 def _sweep(
     first, last, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves, t,
-    MOMENTS: tl.constexpr, APPLY: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
+    places, MOMENTS: tl.constexpr, APPLY: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr,
     KIND: tl.constexpr, COPY_KIND: tl.constexpr, STATE_KIND: tl.constexpr, X_KIND: tl.constexpr,
     DIMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -95,10 +95,6 @@ def _sweep(
     remainder = x
     if X_KIND:
         remainder = tl.load(segment + (STATE + NUM_STATES) * num_segments)
-    places = ()
-    if MOMENTS and STATE_KIND:
-        # Once: in the loop the stores that may be to the same memory would have them read again.
-        places = places_of(segment + (STATE + NUM_STATES + 1) * num_segments, num_segments, DIMS)
     memory = ()
     for k in tl.static_range(NUM_STATES):
         memory = memory + (tl.load(segment + (STATE + k) * num_segments),)
@@ -131,7 +127,9 @@ def _sweep(
                 if STATE_KIND and STATE_KIND != NEAREST:
                     # As kernels.stored.rounded: 16 bits the first, the other 16 all others.
                     if k == 0:
-                        random = random_at(places, at, t, DIMS, BLOCK)
+                        random = random_at(
+                            places, offset, i * BLOCK, t, not MASKED and DIMS == 1, DIMS, BLOCK
+                        )
                     elif k == 1:
                         random = random >> 16
                 stored = stored + (
@@ -230,13 +228,19 @@ def moments_pass(
         totals = totals + (tl.zeros([BLOCK], tl.float64),)
     squares = tl.zeros([BLOCK], tl.float64)
     fast, every = whole_blocks(flags, numel, BLOCK)
+    places = ()
+    if STATE_KIND:
+        # Here: in the loop the stores that may be to the same memory would have them read again.
+        places = places_of(segment + (STATE + NUM_STATES + 1) * num_segments, num_segments, DIMS)
+        if DIMS == 1:
+            fast = tl.where(have_one_high(places, offset, numel), fast, 0)
     totals, squares = sweep(
         0, fast, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        t, True, ONCE, NORM, False, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
+        t, places, True, ONCE, NORM, False, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
     )  # fmt: skip
     totals, squares = sweep(
         fast, every, totals, squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        t, True, ONCE, NORM, True, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
+        t, places, True, ONCE, NORM, True, KIND, COPY_KIND, STATE_KIND, X_KIND, DIMS, BLOCK,
     )  # fmt: skip
     for k in tl.static_range(NUM_LATE):
         tl.store(partials + k * num_chunks + at, tl.sum(totals[k]))
@@ -344,11 +348,11 @@ def apply(
     fast, every = whole_blocks(flags, numel, BLOCK)
     sweep(
         0, fast, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        None, False, True, False, False, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
+        None, (), False, True, False, False, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
     )  # fmt: skip
     sweep(
         fast, every, (), squares, segment, num_segments, flags, offset, numel, scale, c, moves,
-        None, False, True, False, True, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
+        None, (), False, True, False, True, KIND, COPY_KIND, STATE_KIND, X_KIND, 1, BLOCK,
     )  # fmt: skip
 
 
