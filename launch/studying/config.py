@@ -45,6 +45,8 @@ class RuleConfig:
     base batch that is the rule it is ``base`` of, whose runs are not made twice."""
     base: str = ""
     late: bool = False
+    batches: tuple[PositiveInt, ...] = ()
+    """Of the study's, those that this rule is tried at; none: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,9 @@ class StudyConfig:
                 raise ConfigError(f"rules.{name}.lrs must be positive and grow")
             if any(abs(b / a - 2) > 1e-6 for a, b in zip(rule.lrs, rule.lrs[1:])):
                 raise ConfigError(f"rules.{name}.lrs must go up in factors of 2")
+            others = [b for b in rule.batches if b not in self.batches]
+            if others:
+                raise ConfigError(f"rules.{name}.batches: {others} are not in study.batches")
             base = self.rules.get(rule.base)
             if rule.half_life and (base is None or base.half_life):
                 raise ConfigError(f"rules.{name}.base must name the rule it is at the base batch")

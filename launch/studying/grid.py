@@ -30,7 +30,8 @@ def wanted(config: StudyConfig, results: Results, running: Iterable[Run] = ()) -
                 Cell(architecture, rule, batch, config.warmup(batch))
                 for batch in _ends_first(config.batches)
                 for rule in rules
-                if not (config.rules[rule].half_life and batch == config.base_batch)
+                if batch in (config.rules[rule].batches or config.batches)
+                and not (config.rules[rule].half_life and batch == config.base_batch)
             ]
             for stage in (_sweep, _extension, _transfer, _seeds, _warmups):
                 for run in stage(config, cells, results, busy):

@@ -25,7 +25,7 @@ _CHOOSING = {
     "pack_sequences", "pack_seconds", "tokens_per_s",
 }  # fmt: skip
 #: likewise of [rules.NAME]
-_RULE_CHOOSING = {"lrs", "base", "late"}
+_RULE_CHOOSING = {"lrs", "base", "late", "batches"}
 _WAY_OUT = "give this study another --out"
 
 

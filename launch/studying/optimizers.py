@@ -56,15 +56,28 @@ def _adamw(named: Sequence[tuple[str, Tensor]], options: OptimizerOptions) -> Cl
 
 def _lamb(
     named: Sequence[tuple[str, Tensor]], options: OptimizerOptions, **more: Any
-) -> torch.optim.Optimizer:
+) -> Lamb:
     """``adapt="decayed"`` is NVIDIA's recipe: biases and normalisation weights take Adam's step."""
+    groups = param_groups(named, options.weight_decay)
+    return _made(groups, options, adapt="decayed", **more)
+
+
+def _adamh(named: Sequence[tuple[str, Tensor]], options: OptimizerOptions) -> Lamb:
+    """No decay; biases and normalisation weights take Adam's step at the same lr, as LAMB's do."""
+    groups = param_groups(named, weight_decay=1.0)
+    for group in groups:
+        group["rule"] = "adamh" if group["weight_decay"] else "adamw"
+        group["weight_decay"] = 0.0
+    return _made(groups, options)
+
+
+def _made(groups: list[dict[str, Any]], options: OptimizerOptions, **more: Any) -> Lamb:
     return Lamb(
-        param_groups(named, options.weight_decay),
+        groups,
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         max_grad_norm=options.max_grad_norm,
-        adapt="decayed",
         capturable=options.lr.is_cuda,
         # Compiling takes longer than a small model's whole run on a CPU.
         impl="auto" if options.lr.is_cuda else "foreach",
@@ -78,6 +91,7 @@ Factory = Callable[[Sequence[tuple[str, Tensor]], OptimizerOptions], torch.optim
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": _adamw,
     "lamb": _lamb,
+    "adamh": _adamh,
     "lamb-bfloat16": partial(_lamb, state_format="bfloat16"),
     "lamb-nearest": partial(_lamb, state_format="bfloat16-nearest"),
     "lamb-remainder": partial(_lamb, state_format="bfloat16", master="remainder"),
