@@ -103,7 +103,8 @@ def _basins(
         axes.set_xlabel("lr")
     # One line of each rule, from whichever panel has it.
     lines = {of.get_label(): of for axes in grid[0] for of in axes.get_legend_handles_labels()[0]}
-    grid[0][-1].legend(handles=list(lines.values()), frameon=False, fontsize=8)
+    # Beside the panels: in one it would cover points.
+    figure.legend(handles=list(lines.values()), loc="outside right upper", frameon=False)
     return figure
 
 

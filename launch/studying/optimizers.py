@@ -54,9 +54,7 @@ def _adamw(named: Sequence[tuple[str, Tensor]], options: OptimizerOptions) -> Cl
     return ClippedAdamW(groups, options)
 
 
-def _lamb(
-    named: Sequence[tuple[str, Tensor]], options: OptimizerOptions, **more: Any
-) -> Lamb:
+def _lamb(named: Sequence[tuple[str, Tensor]], options: OptimizerOptions, **more: Any) -> Lamb:
     """``adapt="decayed"`` is NVIDIA's recipe: biases and normalisation weights take Adam's step."""
     groups = param_groups(named, options.weight_decay)
     return _made(groups, options, adapt="decayed", **more)

@@ -43,6 +43,9 @@ class Point:
         return f"{text} ({len(self.rows)}{f', {bad} diverged or stuck' if bad else ''})"
 
 
+NEAR = 0.1
+
+
 @dataclass(frozen=True)
 class Found:
     """One cell: its best lr, its transferred one, and whether its basin shows both sides."""
@@ -54,6 +57,9 @@ class Found:
     sides: tuple[bool, bool]
     swept: bool
     """Whether all lrs of the first sweep were run: before, the best lr says nothing."""
+    near: int
+    """lrs whose loss on the first seed is within ``NEAR`` nats of the best one's: the basin's
+    width."""
 
     @property
     def regret(self) -> float:
@@ -89,7 +95,8 @@ def found(
     if base_lr is not None:
         moved = point(cell, float(f"{config.transferred_lr(base_lr, batch):.6g}"), results)
     done = swept(config, cell, results)
-    return Found(cell, best, moved, len(rows), sides(config, rows), done)
+    near = sum(not row.diverged and row.loss <= rows[lr].loss + NEAR for row in rows.values())
+    return Found(cell, best, moved, len(rows), sides(config, rows), done, near)
 
 
 def everything(config: StudyConfig, results: Results) -> dict[tuple[str, str, int], Found]:
@@ -192,7 +199,7 @@ def _tuned(of: Found, other: Found) -> tuple[float, float, str]:
 
 
 def verdicts(config: StudyConfig, cells: dict[tuple[str, str, int], Found]) -> list[str]:
-    """H1 to H3 of ``study_large_batch`` as the numbers have them, each by architecture."""
+    """H1 to H4 of ``study_large_batch`` as the numbers have them, each by architecture."""
     lines = []
     for architecture in config.architectures:
         for batch in [b for b in config.batches if b >= 16 * config.base_batch]:
@@ -216,6 +223,15 @@ def verdicts(config: StudyConfig, cells: dict[tuple[str, str, int], Found]) -> l
         if scaled and fixed:
             compared = _compared("regret with half-life", scaled, "without", fixed)
             lines.append(f"* H3, {architecture}, batch {largest}: {compared}")
+        of, other = (cells.get((architecture, rule, largest)) for rule in ("adamh", "lamb"))
+        if of and other:
+            verdict = "held" if of.near >= other.near else "refuted"
+            if not all((*of.sides, *other.sides)):
+                verdict = "open"
+            lines.append(
+                f"* H4, {architecture}, batch {largest}: lrs within {NEAR:g} nats of the best: "
+                f"AdamH {of.near}, LAMB {other.near}; {verdict}"
+            )
     return lines
 
 
