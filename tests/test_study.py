@@ -315,7 +315,7 @@ def test_packs_fit_the_time() -> None:
     tokens = CONFIG.samples * CONFIG.seq_len
     assert len(grid.next_pack(CONFIG, queue, tokens, 3.5)) == 3
     assert grid.next_pack(CONFIG, queue, tokens, 0.5) == []
-    assert len(grid.next_pack(CONFIG, queue, tokens, 1e9)) == 6
+    assert len(grid.next_pack(CONFIG, queue, tokens, 1e9)) == 9
 
 
 def test_rows_survive_the_file_and_a_cut_off_line(tmp_path: Path) -> None:
