@@ -43,6 +43,7 @@ class Point:
         return f"{text} ({len(self.rows)}{f', {bad} diverged or stuck' if bad else ''})"
 
 
+#: nats that H4 counts as near to the best loss
 NEAR = 0.1
 
 
