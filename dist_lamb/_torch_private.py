@@ -168,6 +168,17 @@ def set_compiled_call(module: nn.Module, call: Any) -> None:
     module._compiled_call_impl = call
 
 
+def outside_graphs(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step``, which torch.compile leaves out of its graphs: around it they break.
+
+    ``torch._disable_dynamo`` (since 2.1), as torch.optim's own ``add_param_group`` has it; the
+    public ``torch.compiler.disable`` would import torch._dynamo with this package. Without it: as
+    it is, and a compiled train step fails on what a step keeps.
+    """
+    disable = getattr(torch, "_disable_dynamo", None)
+    return step if disable is None else cast(Callable[..., Any], disable(step))
+
+
 def is_optimized_module(module: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` returned it (``torch._dynamo.eval_frame``, since 2.0)."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")

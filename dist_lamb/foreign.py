@@ -59,6 +59,8 @@ def translated(group: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(group)
     if isinstance(new.get("trust_clip"), bool):
         new["trust_clip"] = (0.0, 1.0) if new["trust_clip"] else None
+    if {"min_coeff", "max_coeff"} & new.keys():  # DeepSpeed, whose defaults these are
+        new["trust_clip"] = (new.pop("min_coeff", 0.01), new.pop("max_coeff", 10.0))
     if isinstance(new.get("bias_correction"), int):
         new["bias_correction"] = bool(new["bias_correction"])
     if new.pop("decoupled_decay", False):

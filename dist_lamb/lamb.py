@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._torch_private import outside_graphs
 from .base import Closure, LambBase, count_here
 from .fingerprint import Fingerprint
 from .kernels import Update, make_update
@@ -136,6 +137,7 @@ class Lamb(LambBase):
         #: the rule that a param's state was made under
         self._made_for: MutableMapping[Tensor, Rule] = WeakTensorKeyDictionary()
 
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update of every param that has a gradient.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import options
-from ._torch_private import asked_by_sharded_scaler, phase, running_node
+from ._torch_private import asked_by_sharded_scaler, outside_graphs, phase, running_node
 from .base import Closure, ParamsT
 from .norms import FlatNorms
 from .sharded_base import ShardedBase
@@ -246,6 +246,7 @@ class ShardedLamb(ShardedBase):
         if self._gatherer is not None:
             self._gatherer.wait(index)
 
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update, the same on every rank; all ranks must call it.

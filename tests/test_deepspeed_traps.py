@@ -47,6 +47,7 @@ def _traps(rank: int, world: int, folder: str) -> None:
         _loaded_weights,
         _loaded_by_deepspeed,
         _another_optimizer_trains,
+        _gradients_of_a_skipped_step,
         _nothing_to_warn_of,
     ):
         check(rank, world)
@@ -119,6 +120,32 @@ def _plain_optimizers_are_refused(rank: int, world: int) -> None:
         engine = one_step(kinds[0], case, rank, world)
         got = {n: p.detach().float() for n, p in engine.module.params().items()}
         assert any(not torch.equal(got[n], start[n].float()) for n in start)
+
+
+def _gradients_of_a_skipped_step(rank: int, world: int) -> None:
+    """A param that had one there alone is left alone: it was stepped with zeros."""
+    import deepspeed
+
+    config = {"bf16": {"enabled": True, "check_grad_overflow": True}}
+    for case in (Case(1, "bf16", config=config), Case(2, "bf16", config=config)):
+        start = start_values(DTYPES["bf16"])
+        model = Given(start)
+        optimizer = DeepSpeedLamb(model.named_parameters(), **OPTIONS)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=case.make_config()
+        )
+        optimizer.bind(engine)
+        gradients = case.gradients(start, 0, rank, world)
+        *others, last = gradients
+        seen = []
+        for names, scale in ((gradients, 1.0), (gradients, float("inf")), (others, 1.0)):
+            engine.backward(engine({n: gradients[n] for n in names}) * scale)
+            engine.step()
+            seen.append({n: p.detach().clone() for n, p in model.params().items()})
+        assert engine.skipped_steps == 1
+        assert all(torch.equal(seen[0][n], seen[1][n]) for n in start)
+        assert torch.equal(seen[1][last], seen[2][last]), case
+        assert not any(torch.equal(seen[1][n], seen[2][n]) for n in others if start[n].any()), case
 
 
 class Expert(nn.Module):

@@ -24,20 +24,34 @@ class Arrivals:
     def __init__(self, unused: Callable[[int], None]) -> None:
         self.count = 0
         self.unused: Callable[[int], None] | None = unused
-        #: by original, 1 where one came: since its last step; ever
-        self.since_step, self.ever = bytearray(), bytearray()
+        #: by original, 1 where one ever came
+        self.ever = bytearray()
+        #: by original, the engine's step that one came for; -1: none since its last step
+        self._came: list[int] = []
+        #: counts also the steps that DeepSpeed skips, with their gradients; None until it is known
+        self.engine: Any = None
         #: the original that backward passes are counted by, and their number
         self._counted, self._backwards = -1, 0
+
+    def _step(self) -> int:
+        return 0 if self.engine is None else int(self.engine.global_steps)
+
+    def came(self, i: int) -> bool:
+        """Whether a gradient has come for the step that is made now."""
+        return self._came[i] == self._step()
+
+    def forget(self, i: int) -> None:
+        self._came[i] = -1
 
     def expect(self, p: Any) -> None:
         """The next original is ``p``."""
         i = len(self.ever)
-        self.since_step.append(0)
+        self._came.append(-1)
         self.ever.append(0)
 
         def hook(_: Tensor) -> None:
             self.count += 1
-            self.since_step[i] = self.ever[i] = 1
+            self._came[i], self.ever[i] = self._step(), 1
             if self.unused is not None:
                 self._count_backward(i)
 

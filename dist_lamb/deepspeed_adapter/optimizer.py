@@ -37,9 +37,8 @@ class DeepSpeedLamb(LambBase):
 
     Takes the same arguments, ``master`` as ``"float32"`` only, and ``no_decay_1d``. It finds
     DeepSpeed's layout by itself at each ``step()``, and checks it against the values of the model's
-    params; there is nothing else to call, but for ``max_grad_norm`` and names (:meth:`bind`). The
-    config must allow an instance (see :func:`recommended_config`), or name the class (see
-    :func:`register`).
+    params; :meth:`bind` is to be called for ``max_grad_norm``, names and skipped steps. The config
+    must allow an instance (see :func:`recommended_config`), or name the class (:func:`register`).
 
     Args:
         no_decay_1d: params of fewer than two dims, which are the biases and normalisation weights,
@@ -114,15 +113,16 @@ class DeepSpeedLamb(LambBase):
         """Tell the engine that ``deepspeed.initialize`` returned; returns the optimizer.
 
         Needed for ``max_grad_norm``, whose norm is DeepSpeed's own: it steps one part of the model
-        after the other, and a part does not know the others' gradients. Also names params that
-        were given without names.
+        after the other, and a part does not know the others' gradients. Names params that were
+        given without. Tells gradients of a step that DeepSpeed skipped (overflow) from those of the
+        next: else a param that has one in the former alone is stepped with zeros.
 
         Raises:
             ValueError: ``max_grad_norm`` and DeepSpeed's ``gradient_clipping`` together.
         """
         if engine.gradient_clipping() and any(map(options.clips, self.param_groups)):
             raise ValueError(BOTH_CLIP.format(engine.gradient_clipping()))
-        self._engine = engine
+        self._engine = self._arrivals.engine = engine
         named = {id(p): name for name, p in engine.module.named_parameters()}
         self._originals[:] = [
             o._replace(name=named[id(o.param)])

@@ -220,14 +220,14 @@ class PartitionStep:
         """The params whose gradient has not come on this rank since their last step; and those of
         them whose gradients may come in a way that we do not hear of."""
         numbers = [o.number for o in self.originals]
-        missing = {k for k, i in enumerate(numbers) if not arrivals.since_step[i]}
+        missing = {k for k, i in enumerate(numbers) if not arrivals.came(i)}
         if arrivals.count == self._heard:
             doubtful = missing  # a compiled graph may reduce gradients by itself
         else:
             doubtful = {k for k in missing if not arrivals.ever[numbers[k]]}
         self._heard = arrivals.count
         for i in numbers:
-            arrivals.since_step[i] = 0
+            arrivals.forget(i)
         return missing, doubtful
 
     def _present(self, missing: set[int], doubtful: set[int], stepped: Sequence[Segment]) -> Tensor:
