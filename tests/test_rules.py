@@ -201,6 +201,43 @@ def test_rules_together_in_every_engine(tmp_path: Path, capsys: pytest.CaptureFi
     assert "optimizer.amsgrad.max_exp_avg_sq" in told
 
 
+def _fused(rank: int, world: int) -> None:
+    rules: list[dict[str, Any]] = [
+        {"rule": "stable_adamw"},
+        {"rule": "lamb", "phi": (0.0, 2.0)},
+        {"rule": "adamw"},
+    ]
+    found = []
+    for impl in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(7, 5, generator=generator)) for _ in rules]
+        of_rules = [{"params": [p], **of} for p, of in zip(params, rules)]
+        optimizer = ShardedLamb(of_rules, lr=0.02, impl=impl, track_grad_norm=True)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randint(-7, 8, p.shape, generator=generator) / 16
+            optimizer.step()
+        reports = (
+            optimizer.trust_ratios(),
+            optimizer.param_norms(),
+            optimizer.update_norms(),
+            optimizer.grad_norms(),
+            {"": optimizer.grad_norm()},
+        )
+        found.append([*params, *(value for report in reports for value in report.values())])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_fused_rules_together_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reduced sums are one tensor for all rules: each wrote the next step's into it, and they
+    were added up as often as there are rules."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run_ranks(2, tmp_path, _fused)
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_adamw_is_torch_s(amsgrad: bool, decoupled: bool) -> None:

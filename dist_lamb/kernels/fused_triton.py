@@ -86,7 +86,9 @@ class TritonUpdate:
         #: sums of squares by chunk, by param, and of all gradients, with a flag
         rows = max(len(rule.late) + 2, len(EARLY) if rule.early else 0)
         self._partials = torch.empty(rows * self._num_chunks, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(num_params, groups.columns, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(num_params, groups.columns, dtype=torch.float64, device=device)
+        #: as they were applied: those of all ranks are one tensor, which every rule's Update has
+        self.sums = self._rows
         self._total = torch.zeros(2, dtype=torch.float64, device=device)
         assert int(SHRINK) + 1 + rule.num_directions + len(rule.idle) <= int(STEP_COLUMNS)
         self._steps = torch.empty(num_params, int(STEP_COLUMNS), dtype=torch.float32, device=device)
@@ -252,8 +254,8 @@ class TritonUpdate:
                 else (torch.full_like(self.ratios, torch.nan))
             )
             if to_reduce:
-                self._norms(self.sums, add_up=True, finish=False)
-        return self.sums
+                self._norms(self._rows, add_up=True, finish=False)
+        return self._rows
 
     def apply(self, sums: Tensor) -> None:
         self.sums = sums
