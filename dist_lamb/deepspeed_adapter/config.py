@@ -91,11 +91,19 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
             "set zero_optimization.stage = 1 for fp16: at stage 0 deepspeed 0.19 divides gradients "
             "by a loss scale that it has not multiplied the loss by, for any optimizer"
         )
+    autocast = _section(config, "torch_autocast")
+    scaled = autocast.get("enabled") and autocast.get("dtype") in ("fp16", "float16", "half", "torch.float16")
+    if scaled and stage and config.get("gradient_clipping"):
+        found.append(
+            "remove gradient_clipping, and give max_grad_norm, or set torch_autocast.dtype = "
+            "bfloat16: with float16 deepspeed 0.19 clips gradients at ZeRO-1 to 3 that are still "
+            "multiplied by the loss scale, for any optimizer"
+        )
     if half and config.get("communication_data_type") != "fp32":
         found.append(
             "set communication_data_type = 'fp32': gradients are summed over ranks in "
             f"{half[0]} otherwise (slower to send, more exact)"
         )
-    if not config.get("gradient_clipping"):
+    if not (scaled or config.get("gradient_clipping")):
         found.append("set gradient_clipping (1.0 in NVIDIA's recipe), or give max_grad_norm")
     return found

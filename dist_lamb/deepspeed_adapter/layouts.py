@@ -247,8 +247,9 @@ def problem_with(
                 f"{what} does not hold the values of {originals[span.original].name} where they "
                 "should be. If weights were loaded or changed after deepspeed.initialize, call "
                 "engine.optimizer.refresh_fp32_params() right after it: DeepSpeed would overwrite "
-                "them with its float32 masters of the old ones. At ZeRO-1 and 2 this engine cannot "
-                "go on after this error: make it anew"
+                "them with its float32 masters of the old ones. If the masters were changed before "
+                "the first step (safe_set_full_fp32_param), write the params too. At ZeRO-1 and 2 "
+                "this engine cannot go on after this error: make it anew"
             )
         # The flat vector's padding is zero; more than that would be a param nobody told us of.
         if layout.kind == "flat" and partition.detach()[rest : span.start].count_nonzero():

@@ -23,11 +23,9 @@ from ..state import TENSOR_STATES, Formats, scalar_of
 from .arrivals import Arrivals
 from .clipping import BOTH_CLIP, grad_norm_of
 from .layouts import Original, find_layouts, logical_shape
+from .loaded_groups import ALL_LRS, restore_groups
 from .partition_step import PartitionStep
 
-#: Entry of a param group: the lr of all groups. DeepSpeed's universal loader at ZeRO-3 gives all
-#: groups what it finds in the first one.
-ALL_LRS = "group_lrs"
 #: Backward passes without a step: more than anyone accumulates.
 MANY = 1000
 
@@ -275,30 +273,12 @@ class DeepSpeedLamb(LambBase):
 
     # --- step counters ---------------------------------------------------------------------------
 
+    def state_loaded(self) -> None:
+        super().state_loaded()
+        self._restore_groups()  # where all are here: ZeRO-1 and 2 step with one at a time
+
     def _restore_groups(self) -> None:
-        """Each group is what it was, whatever was loaded: another optimizer's groups have no number
-        here, and DeepSpeed's universal loader at ZeRO-3 gives all groups the options of the first,
-        so that a group of biases would start to decay."""
-        found = [group.get("group_index") for group in self.param_groups]
-        if None not in found and len(set(found)) == len(found):
-            return
-        # DeepSpeed drops groups without params.
-        filled = [i for i, (lo, hi) in enumerate(pairwise(self._starts)) if lo < hi]
-        for i, group in zip(filled, self.param_groups, strict=True):
-            if group.get("group_index", i) != i:
-                # A schedule goes on from the lrs that were saved.
-                saved = group.get(ALL_LRS, ())
-                known = len(saved) == len(self._options_of)
-                lr = saved[i] if known else group["lr"]
-                if not known and self._options_of[i]["lr"] != lr:
-                    warnings.warn(
-                        f"DeepSpeed loaded lr = {lr} of the first param group into all of them, "
-                        f"which differed in it: set that of group {i} again",
-                        stacklevel=3,
-                    )
-                group.update({**self._options_of[i], "lr": lr})
-                group.pop("param_steps", None)
-            group["group_index"] = i
+        restore_groups(self.param_groups, self._starts, self._options_of)
 
     def _load_steps(
         self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]
