@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -14,7 +13,6 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import foreign, options, rules, step
-from .deepspeed_marks import GivenParams
 from .kernels import Update
 from .kernels.device import capturing
 from .kernels.groups import GroupOptions
@@ -22,6 +20,7 @@ from .kernels.segments import Scalars
 from .last_step import LastStep, Members
 from .norms import Norms
 from .overlaps import first_overlap
+from .param_notes import ParamNotes
 from .sharding.dtensors import local_of, piece_of, refusal, wrapped
 from .state import TENSOR_STATES, Formats, scalar_of, to_be_held
 
@@ -123,9 +122,8 @@ class LambBase(LastStep, Optimizer):
         self._captured: list[Any] = []
         self._last = None
         self._unfinished = False
-        self._given = GivenParams()
-        #: names that params were given, by id
-        self._named: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        #: the params that it was given, whatever was put in their place since, and their names
+        self._given: ParamNotes[str | None] = ParamNotes()
 
     # --- parameter groups ------------------------------------------------------------------------
 
@@ -146,6 +144,7 @@ class LambBase(LastStep, Optimizer):
             except Exception:
                 # A refused group must not stay behind half added.
                 del self.param_groups[-1]
+                self._given.hold(self._all_params())
                 raise
 
     def _check_groups(self, new: Sequence[Mapping[str, Any]]) -> None:
@@ -163,12 +162,11 @@ class LambBase(LastStep, Optimizer):
         overlap = first_overlap([(n, local_of(p)) for n, p in chain.from_iterable(named)])
         if overlap:
             raise ValueError(f"{type(self).__name__} cannot optimize params: {overlap}")
-        for group in new:
-            self._given.add(group["params"])
 
     def _remember_names(self, group: Mapping[str, Any]) -> None:
-        for p, name in zip(group["params"], group.get("param_names", ())):
-            self._named[id(p)] = (weakref.ref(p), name)
+        names = group.get("param_names", ())
+        for p, name in zip_longest(group["params"], names[: len(group["params"])]):
+            self._given[p] = self._given.get(p, None) if name is None else name
 
     def _check_param(self, name: str, p: Tensor) -> None:
         if is_lazy(p):
@@ -216,8 +214,7 @@ class LambBase(LastStep, Optimizer):
         return named
 
     def _given_name(self, p: Tensor) -> str | None:
-        known, name = self._named.get(id(p), (None, ""))
-        return name if known is not None and known() is p else None
+        return self._given.get(p, None)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -84,6 +84,13 @@ def understood(
         own = options.owned(own_groups[i]) if i < len(own_groups) else {}
         group = {**own, **translated(saved), **options.formats(own)}
         rule = options.rule_named(group.get("rule", "lamb"))
+        if not group.pop("decoupled_weight_decay", True) and group["weight_decay"]:  # torch's Adam
+            if not options.reads(rule, "decoupled"):
+                raise ValueError(
+                    f"the state dict was saved with L2 decay ({group['weight_decay']}), which rule "
+                    f"{rule.name!r} has not: set its weight_decay to 0 first"
+                )
+            group["decoupled"] = False
         if "betas" in group and not options.reads(rule, "betas"):
             group["betas"] = options.neutral("betas")  # a schedule may have cycled them
         step = group.get("step")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._torch_private import outside_graphs
 from .base import Closure, LambBase, count_here
+from .deepspeed_marks import refuse_deepspeed
 from .fingerprint import Fingerprint
 from .kernels import Update, make_update
 from .kernels.device import capturing
@@ -19,6 +18,7 @@ from .kernels.groups import GroupTable
 from .kernels.segments import Segment, segment
 from .last_step import Members
 from .norms import DTensorNorms, Norms
+from .param_notes import ParamNotes
 from .rules import Rule
 from .sharding.dtensors import (
     elements_of,
@@ -135,7 +135,7 @@ class Lamb(LambBase):
         self._counters: dict[torch.device, Tensor] = {}
         self._norms: Norms | None = None
         #: the rule that a param's state was made under
-        self._made_for: MutableMapping[Tensor, Rule] = WeakTensorKeyDictionary()
+        self._made_for: ParamNotes[Rule] = ParamNotes()
 
     @outside_graphs
     @torch.no_grad()
@@ -224,6 +224,8 @@ class Lamb(LambBase):
         """
         self._validate(stepped)
         params = self._all_params()
+        self._given.hold(params)
+        self._made_for.hold(params)
         if len(params) != len(self._known) or not all(map(is_, params, self._known)):
             # Counters and norms belong to params, not to positions.
             self._known, self._counters, self._norms = params, {}, DTensorNorms(params)
@@ -309,7 +311,8 @@ class Lamb(LambBase):
         if other or (made_for.states != rule.states and next(iter(rule.states)) in state):
             raise RuntimeError(
                 f"Lamb cannot step {self._all_names()[i]}: its state {other or list(state)} is of "
-                f"another rule than {rule.name!r}; to begin anew, drop it: del opt.state[p]"
+                f"another rule than {rule.name!r} with {list(rule.states)}; to begin anew, drop "
+                "it: del opt.state[p]"
             )
         if x.device not in self._counters:
             self._counters[x.device] = torch.zeros(
@@ -345,7 +348,7 @@ class Lamb(LambBase):
 
     def _validate(self, stepped: list[tuple[int, Tensor]]) -> None:
         """Refuse the step before anything is changed."""
-        self._given.refuse_deepspeed("Lamb", (p for _, p in stepped))
+        refuse_deepspeed("Lamb", self._given, (p for _, p in stepped))
         for i, p in stepped:
             assert p.grad is not None
             if p.grad.is_sparse or p.grad.layout != torch.strided:

@@ -100,8 +100,9 @@ def _selected(
         return set()
     if callable(selector):
         return {name for name, p in params if selector(name, p)}
-    if isinstance(selector, str):
-        raise ValueError(f"{what} takes a sequence of patterns, got the string {selector!r}")
+    if isinstance(selector, (str, re.Pattern)):
+        kind = "string" if isinstance(selector, str) else "pattern"
+        raise ValueError(f"{what} takes a sequence of patterns, got the {kind} {selector!r}")
     found: set[str] = set()
     for pattern in selector:
         try:

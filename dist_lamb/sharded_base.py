@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LambBase
+from .deepspeed_marks import refuse_deepspeed
 from .sharded_state import ShardedState, compared_options, described_setup
 from .sharding.buffers import FlatBuffers
 from .sharding.comm import Comm, ProcessGroup, is_dtensor
@@ -154,7 +155,8 @@ class ShardedBase(LambBase):
         ``also``: ids of params that need not be trainable now.
         """
         if self._kept is None or self._gatherer is None:
-            self._given.refuse_deepspeed("ShardedLamb", self._all_params())
+            refuse_deepspeed("ShardedLamb", self._given, self._all_params())
+            self._given.hold(self._all_params())
             lockstep = self._join()
             named = {
                 id(p): (name, p)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_lamb import Lamb
 from dist_lamb.deepspeed_adapter import DeepSpeedLamb, recommended_config, register
-from dist_lamb.deepspeed_marks import GivenParams
+from dist_lamb.param_notes import ParamNotes
 
 STEPS = 10
 OPTIONS: dict[str, Any] = {"lr": 0.02}
@@ -193,7 +193,7 @@ class Run:
             kind = Lamb if case.naive else DeepSpeedLamb
             made = kind(groups, **{**OPTIONS, **case.options})
         if case.naive:
-            made._given = GivenParams()  # as any other LAMB, it knows nothing of DeepSpeed
+            made._given = ParamNotes()  # as any other LAMB, it knows nothing of DeepSpeed
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=made,

@@ -60,6 +60,28 @@ def test_nothing_recompiles_when_numbers_change(cls: Any, monkeypatch: pytest.Mo
     assert _frames() - before == graphs[1]
 
 
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_a_step_inside_of_a_compiled_function(cls: Any) -> None:
+    """Between two graphs: traced, it failed on what it keeps from step to step."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(4, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(8, 4)
+    for model, compile_it in zip(models, (True, False)):
+        optimizer = cls(model.parameters(), lr=0.05, impl="foreach")
+
+        def train_step(model: Any = model, optimizer: Any = optimizer) -> None:
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = torch.compile(train_step, backend="eager") if compile_it else train_step
+        for _ in range(3):
+            run()
+    for p, q in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(p, q)
+
+
 def test_auto_compiles_only_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, large = torch.device("cpu"), kernels.COMPILE_FROM_NUMEL
     assert kernels.backend_for("auto", cpu, large - 1).__name__.endswith("foreach")

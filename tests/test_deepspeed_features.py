@@ -348,6 +348,10 @@ def test_config_advice() -> None:
         ({"gradient_clipping": 0.0}, "gradient_clipping"),
         ({"communication_data_type": "bf16"}, "communication_data_type"),
         (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "remove gradient_clipping, and give max_grad_norm",
+        ),
+        (
             {"zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}},
             "zero_force_ds_cpu_optimizer = false",
         ),

@@ -53,6 +53,7 @@ def _traps(rank: int, world: int, folder: str) -> None:
         check(rank, world)
         dist.barrier()
     _lrs_through_a_universal_checkpoint(rank, world, folder)
+    _a_checkpoint_of_adamw(rank, world, folder)
     # at the end: DeepSpeed keeps a pipeline's groups for whatever is made after it
     _pipeline_and_a_norm_of_ones_own(rank, world)
 
@@ -142,7 +143,7 @@ def _gradients_of_a_skipped_step(rank: int, world: int) -> None:
             engine.backward(engine({n: gradients[n] for n in names}) * scale)
             engine.step()
             seen.append({n: p.detach().clone() for n, p in model.params().items()})
-        assert engine.skipped_steps == 1
+        assert engine.skipped_steps == optimizer.skipped_steps() == 1
         assert all(torch.equal(seen[0][n], seen[1][n]) for n in start)
         assert torch.equal(seen[1][last], seen[2][last]), case
         assert not any(torch.equal(seen[1][n], seen[2][n]) for n in others if start[n].any()), case
@@ -392,6 +393,34 @@ def _nothing_to_warn_of(rank: int, world: int) -> None:
         p.sum().backward()
 
 
+def _a_checkpoint_of_adamw(rank: int, world: int, folder: str) -> None:
+    """ZeRO-1 and 2 show a step one group alone, which is then not known by its place."""
+    import deepspeed
+
+    start = start_values()
+    for stage in (1, 3):
+        case = Case(stage, absent=(), absent_at={})
+        gradients = case.gradients(start, 0, rank, world)
+        params: Any = None
+        for kind in (torch.optim.AdamW, DeepSpeedLamb):
+            model = Given(start)
+            matrices = [p for p in model.parameters() if p.ndim > 1]
+            others = [p for p in model.parameters() if p.ndim < 2]
+            groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=kind(groups, lr=0.02), config=case.make_config()
+            )
+            if kind is DeepSpeedLamb:
+                engine.load_checkpoint(folder, tag=f"adamw{stage}")
+            engine.backward(engine(gradients))
+            engine.step()
+            if kind is torch.optim.AdamW:
+                engine.save_checkpoint(folder, tag=f"adamw{stage}")
+        params = engine.basic_optimizer.full_optimizer_state_dict()
+        assert {float(entry["step"]) for entry in params["state"].values()} == {2.0}
+        assert [group["weight_decay"] for group in params["param_groups"]] == [0.01, 0.0]
+
+
 def _lrs_through_a_universal_checkpoint(rank: int, world: int, folder: str) -> None:
     """At ZeRO-3 DeepSpeed's loader gives all groups the options of the first one."""
     from deepspeed.checkpoint.ds_to_universal import main as to_universal
@@ -400,13 +429,14 @@ def _lrs_through_a_universal_checkpoint(rank: int, world: int, folder: str) -> N
         run = Run(Case(3, absent=(), absent_at={}, clip=0.0, config=config), rank, world, scale)
         return run
 
-    def set_lrs(run: Run) -> None:
+    def set_lrs(run: Run, factor: float = 1.0) -> None:
         for group, lr in zip(run.optimizer.param_groups, (0.02, 0.005)):
-            group["lr"] = lr
+            group["lr"] = lr * factor
 
     first = make(1.0, {})
-    set_lrs(first)
+    set_lrs(first, factor=4.0)
     first.train(range(3))
+    set_lrs(first)  # as a schedule does, after the last step
     first.engine.save_checkpoint(folder, tag="three")
     if rank == 0:
         import argparse
@@ -424,7 +454,7 @@ def _lrs_through_a_universal_checkpoint(rank: int, world: int, folder: str) -> N
         Path(folder, "latest_universal").write_text("universal")
     dist.barrier()
     second = make(1.5, {"checkpoint": {"load_universal": True}})
-    set_lrs(second)
+    set_lrs(second, factor=3.0)
     second.engine.load_checkpoint(folder, tag="universal")
     first.train(range(3, 6))
     second.train(range(3, 6))

@@ -235,6 +235,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"trust_clip": None, "adapt": "decayed"},
     ),
+    "DeepSpeed": (
+        {"bias_correction": True, "max_grad_norm": 0.0, "max_coeff": 0.6, "min_coeff": 0.01},
+        {"trust_clip": (0.01, 0.6)},
+    ),
+    "Adam": ({"decoupled_weight_decay": False}, {"decoupled": False}),
 }
 
 

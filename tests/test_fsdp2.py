@@ -108,6 +108,7 @@ def _ways(rank: int, world: int) -> None:
     assert masters
     assert all(isinstance(m, DTensor) and m.dtype == torch.float32 for m in masters)
     _grad_scaler(rank, mesh)
+    _moved(rank, mesh)
     _fsdp1_is_refused(mesh)
 
 
@@ -128,6 +129,27 @@ def _grad_scaler(rank: int, mesh: DeviceMesh) -> None:
         assert torch.equal(before, whole(net.embedding.weight)) == (t == 1)
         assert scaler.get_scale() == (1024.0 if t == 0 else 512.0)
     assert float(optimizer.state[net.embedding.weight]["step"]) == 2
+
+
+def _moved(rank: int, mesh: DeviceMesh) -> None:
+    """Converting a model exchanges the contents of its DTensors, which torch refuses for tensors
+    with weak references."""
+    found = []
+    for move in (False, True):
+        torch.manual_seed(0)
+        net = sharded(mesh)
+        optimizer = lamb(net)
+        for t in range(3):
+            if move:
+                net.to("cpu")
+            backward(net, t, rank)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({n: whole(p) for n, p in net.named_parameters()})
+        assert optimizer.trust_ratios().keys() == found[0].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    net.double()
 
 
 def _fsdp1_is_refused(mesh: DeviceMesh) -> None:

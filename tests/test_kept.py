@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -202,3 +203,43 @@ def _planned_steps() -> None:
 
 def test_a_plan_is_kept_and_keeps_no_memory_of_state(interpreted: Callable[..., Any]) -> None:
     interpreted(_planned_steps)
+
+
+def test_params_that_left_the_groups() -> None:
+    """They are not kept alive; those that live have their names when they come back."""
+    params = {n: nn.Parameter(torch.randn(3, 2)) for n in ("stays", "leaves", "is gone")}
+    optimizer = Lamb(params.items(), impl="foreach")
+    group = optimizer.param_groups[0]
+    _set_gradients(list(params.values()), 0)
+    optimizer.step()
+    group["params"] = [params["stays"]]
+    del group["param_names"]
+    gone = params.pop("is gone")
+    del optimizer.state[gone]
+    left = weakref.ref(gone)
+    del gone
+    optimizer.step()
+    gc.collect()
+    assert left() is None
+    optimizer.add_param_group({"params": [params["leaves"]]})
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == ["stays", "leaves"]
+    # Another tensor may come to lie where one was.
+    others = [nn.Parameter(torch.randn(3, 2)) for _ in range(64)]
+    optimizer.add_param_group({"params": others})
+    names = [name for name, _ in optimizer.named_groups()[-1]]
+    assert all(name.startswith("param_") for name in names)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_params_may_be_swapped(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does with DTensors when a model is converted: not with weak references to them."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True, raising=True)
+    model = nn.Linear(4, 3)
+    optimizer = Lamb(model if named else model.parameters(), impl="foreach")
+    for _ in range(2):
+        model.to(torch.float32).to("cpu")
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    model.double()
+    assert all(p is q for p, q in zip(model.parameters(), optimizer.param_groups[0]["params"]))

@@ -49,6 +49,10 @@ def recommended_config(
     return config
 
 
+#: as DeepSpeed spells it
+_FLOAT16 = ("fp16", "float16", "half", "torch.float16")
+
+
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section, or an empty one where it is none: DeepSpeed refuses that by itself."""
     found = config.get(name)
@@ -92,7 +96,7 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
             "by a loss scale that it has not multiplied the loss by, for any optimizer"
         )
     autocast = _section(config, "torch_autocast")
-    scaled = autocast.get("enabled") and autocast.get("dtype") in ("fp16", "float16", "half", "torch.float16")
+    scaled = autocast.get("enabled") and autocast.get("dtype") in _FLOAT16
     if scaled and stage and config.get("gradient_clipping"):
         found.append(
             "remove gradient_clipping, and give max_grad_norm, or set torch_autocast.dtype = "

@@ -207,11 +207,13 @@ class DeepSpeedLamb(LambBase):
                 group[SKIPPED] = count.to(overflow.device) + (overflow > 0).view(())
 
     def skipped_steps(self) -> Tensor:
-        """As :meth:`dist_lamb.Lamb.skipped_steps`."""
-        counts = [scalar_of(g[SKIPPED]) for g in self.param_groups if SKIPPED in g]
+        """As :meth:`dist_lamb.Lamb.skipped_steps`; those that DeepSpeed skips by itself (overflow,
+        infinite gradients) count too once :meth:`bind` was called."""
+        by_engine = 0 if self._engine is None else self._engine.skipped_steps
+        counts = [scalar_of(g[SKIPPED], torch.int64) for g in self.param_groups if SKIPPED in g]
         if not counts:
-            return torch.zeros((), dtype=torch.int64, device="cpu")
-        return torch.stack([c.to(counts[0].device) for c in counts]).amax()
+            return torch.tensor(by_engine, dtype=torch.int64, device="cpu")
+        return torch.stack([c.to(counts[0].device) for c in counts]).amax() + by_engine
 
     def _find_steps(self, held: Sequence[tuple[int, Sequence[Tensor]]]) -> list[PartitionStep]:
         """What is stepped together: these tensors of these groups, by process group."""
@@ -316,9 +318,7 @@ class DeepSpeedLamb(LambBase):
 
     def _show_steps(self, groups: Sequence[dict[str, Any]], parts: Sequence[PartitionStep]) -> None:
         """One step for a whole partition, as DeepSpeed's checkpoints know it: the largest."""
-        lrs = [of["lr"] for of in self._options_of.values()]
         for group in groups:
-            group[ALL_LRS] = lrs
             group["step"].copy_(group["param_steps"].amax())
             for layout, partition in (p for part in parts for p in part.held(group["group_index"])):
                 if layout.cut:
@@ -326,6 +326,14 @@ class DeepSpeedLamb(LambBase):
                     self.state[partition]["step"] = group["step"].clone()
 
     # --- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        # Here, since a schedule sets lrs after a step.
+        lrs = {i: of["lr"] for i, of in self._options_of.items()}
+        lrs |= {g["group_index"]: g["lr"] for g in self.param_groups if "group_index" in g}
+        for group in self.param_groups:
+            group[ALL_LRS] = list(lrs.values())
+        return super().state_dict()
 
     def _per_param(self, read: Read) -> dict[str, Tensor]:
         found, of = {}, {}
