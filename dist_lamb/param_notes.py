@@ -14,10 +14,10 @@ _Note = TypeVar("_Note")
 class ParamNotes(Generic[_Note]):
     """Notes by param, that is, by identity.
 
-    Params of the groups are held strongly: where a model is moved or converted, torch exchanges the
-    contents of DTensors (``torch.utils.swap_tensors``), and refuses that for tensors with weak
-    references. Params that have left the groups are held weakly: their memory is not the
-    optimizer's.
+    Params of the groups are held strongly, and DTensors as long as the optimizer lives: where a
+    model is moved or converted, torch exchanges their contents (``torch.utils.swap_tensors``), and
+    refuses that for tensors with weak references. Other params that have left the groups are held
+    weakly: their memory is not the optimizer's.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,9 @@ class ParamNotes(Generic[_Note]):
             if p is None:
                 del self._notes[key]
             else:
-                self._notes[key] = (p if key in own else weakref.ref(p)), note
+                # a wrapper around other tensors
+                swapped = hasattr(p, "__tensor_flatten__")
+                self._notes[key] = (p if swapped or key in own else weakref.ref(p)), note
 
 
 def _param(held: Tensor | weakref.ref[Tensor]) -> Tensor | None:

@@ -149,6 +149,11 @@ def _moved(rank: int, mesh: DeviceMesh) -> None:
         assert optimizer.trust_ratios().keys() == found[0].keys()
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
+    left = optimizer.param_groups[0]["params"].pop()
+    del optimizer.param_groups[0]["param_names"]
+    backward(net, 3, rank)
+    left.grad = None
+    optimizer.step()
     net.double()
 
 
