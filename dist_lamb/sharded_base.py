@@ -284,6 +284,13 @@ class ShardedBase(LambBase):
         super().load_state_dict(state_dict)
         self._consolidated = None
 
+    def _tensors_by_param(self, saved: Mapping[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        if self._kept is not None:
+            own = [group["params"] for group in self.param_groups]
+            pairs = zip(saved["param_groups"], own)
+            self._kept.refuse_other_rules([{**group, "params": params} for group, params in pairs])
+        return super()._tensors_by_param(saved)
+
     def _load_tensors(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         if self._kept is None and not any(loaded.values()):
             return  # an empty state: trainers pass one through before the first step
@@ -310,6 +317,7 @@ class ShardedBase(LambBase):
         for p in self.state:
             self.state[p]["step"] = steps.get(p, torch.zeros((), dtype=torch.float32, device="cpu"))
         kept.arrange(self.param_groups, self.state, adopt=False)
+        kept.overwritten()
         gatherer.gather()
         self._consolidated = None
         self.state_loaded()

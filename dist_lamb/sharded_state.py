@@ -154,12 +154,7 @@ class ShardedState:
                     "buffers were made for: make a new ShardedLamb of the same params first, then "
                     "load the state dict of this one into it"
                 )
-        for j, rule in enumerate(buffers.rules):
-            if table.rules[self.indices[j]] is not rule:
-                raise RuntimeError(
-                    f"{buffers.layout.params[j].name} has come under another rule than "
-                    f"{rule.name!r}, which its buffers were made for: make a new ShardedLamb"
-                )
+        self.refuse_other_rules(groups)
         self.members = Members(every, table.rules)
         segments = buffers.segments(self.indices)
         self.update = make_update(
@@ -168,6 +163,17 @@ class ShardedState:
         nothing = [None] * len(buffers.params)
         self._fingerprint = Fingerprint(groups, state, buffers.params, nothing)
         self._mask: tuple[frozenset[int], Tensor] | None = None
+
+    def refuse_other_rules(self, groups: Groups) -> None:
+        """Raise ``RuntimeError`` naming a param that has another rule in ``groups``."""
+        of_each = {id(p): rules.of(group) for group in groups for p in group["params"]}
+        specs = self.buffers.layout.params
+        for spec, p, rule in zip(specs, self.buffers.params, self.buffers.rules):
+            if of_each.get(id(p), rule) is not rule:
+                raise RuntimeError(
+                    f"{spec.name} has come under another rule than {rule.name!r}, which its "
+                    "buffers were made for: make a new ShardedLamb"
+                )
 
     def _refuse_other_params(self, every: Sequence[Tensor], index: Mapping[int, int]) -> None:
         known = set(map(id, chain(self.buffers.params, self.frozen)))
@@ -234,8 +240,12 @@ class ShardedState:
             whole[i]["step"] = self.counters[i].to("cpu", copy=True)
         return whole
 
+    def overwritten(self) -> None:
+        """State and params came from elsewhere: a param may not be its master's rounding."""
+        self._loaded = True
+
     def load(self, loaded: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         """This rank's part of whole tensors; what is missing begins anew."""
-        self._loaded = True
+        self.overwritten()
         for j, p in enumerate(self.buffers.params):
             self.buffers.load_state(j, loaded.get(p, {}))

@@ -109,6 +109,9 @@ def _export_safetensors(checkpoint: Checkpoint, out: Path, weights: bool) -> int
         os.replace(part, out)
     except SafetensorError as error:
         raise CheckpointError(f"{out}: {error}") from None
+    except KeyError as error:  # its own table of dtypes
+        text = f"{out}: safetensors has no {error.args[0]}: export --format dcp"
+        raise CheckpointError(text) from None
     finally:
         part.unlink(missing_ok=True)
     return len(tensors)

@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from .. import options as lamb_options
-from ..rules import RULES
+from .. import rules
+from ..base import SKIPPED
 from ..state import (
     MASTER,
     REMAINDER,
@@ -190,17 +191,27 @@ def read(folder: Path) -> Imported:
             found.left_out.append(key)
     if not found.tensors:
         raise CheckpointError(f"{folder}: no tensors of a model in it")
+    # A flattened optimizer has the options of each param.
+    saved = {name: group for group in groups.values() for name in _params_of(group)} | options
     for name, state in states.items():
-        _take_state(found, name, state)
+        _take_state(found, name, state, _rule_of(saved.get(name, {})))
     found.groups = _groups(found, [groups[i] for i in sorted(groups)], options)
     return found
 
 
-def _take_state(found: Imported, name: str, state: Mapping[str, Any]) -> None:
+def _params_of(group: Mapping[str, Any]) -> list[str]:
+    params = group.get("params")
+    return params if isinstance(params, list) and all(isinstance(n, str) for n in params) else []
+
+
+def _rule_of(group: Mapping[str, Any]) -> rules.Rule:
+    return rules.of(group) if group.get("rule", "lamb") in list(rules.RULES) else rules.of({})
+
+
+def _take_state(found: Imported, name: str, state: Mapping[str, Any], rule: rules.Rule) -> None:
     p = found.tensors.get(f"model.{name}")
     fits = p is not None and all(
-        isinstance(state.get(kind), Tensor) and state[kind].shape == p.shape
-        for kind in RULES["lamb"].states
+        isinstance(state.get(kind), Tensor) and state[kind].shape == p.shape for kind in rule.states
     )
     step = scalar_of(state.get("step", 0.0), torch.float32)
     # load() refuses other counts: all that was imported would be lost with this one.
@@ -241,7 +252,8 @@ def _groups(
     for group in groups:
         params = group.get("params")
         if isinstance(params, list) and all(name in names for name in params):
-            kept = {k: v for k, v in group.items() if k in lamb_options.RULE_DEFAULTS}
+            kept = {**lamb_options.owned(group), **lamb_options.formats(group)}
+            kept |= {k: group[k] for k in ("initial_lr", SKIPPED) if k in group}
             taken.append({"params": params, **kept})
     with_state = [name for name in names if f"optimizer.{name}.step" in found.tensors]
     if with_state and not taken:

@@ -43,7 +43,8 @@ def load(
         optimizer: with the same params in the same groups as the one that was saved.
         stateful: what to restore, by the names it was saved under.
         options: ``"same"``: an option other than lr that differs from the checkpoint's is an
-            error, since training would silently continue as another run; lr is the checkpoint's.
+            error, since training would silently continue as another run; lr, and betas that a
+            schedule in ``stateful`` cycles, are the checkpoint's.
             ``"saved"``: the checkpoint's options replace the optimizer's, as in torch's
             ``load_state_dict``. ``"own"``: the optimizer's are kept, including lr. The count of
             skipped steps is the checkpoint's, or with ``"own"`` the optimizer's.
@@ -68,7 +69,8 @@ def load(
         checkpoint = Checkpoint(resolved)
         names = schema.Names(model, optimizer)
         if optimizer is not None:
-            schema.check_groups(checkpoint, names, optimizer, options)
+            scheduled = _scheduled(stateful or {})
+            schema.check_groups(checkpoint, names, optimizer, options, scheduled)
         schema.check_tensors(checkpoint, names)
         for key, target in (stateful or {}).items():
             if key not in checkpoint.state["stateful"]:
@@ -116,19 +118,36 @@ def _check_stateful(where: str, saved: Any, target: Stateful) -> None:
         if not isinstance(key, str) or callable(getattr(type(target), key, None)):
             raise CheckpointError(f"{where}: {key!r} is no part of a {type(target).__name__}")
         # What is None may become something else in the course of training.
-        if value is not None and own.get(key) is not None and _kind(value) != _kind(own[key]):
+        if value is not None and own.get(key) is not None and not _alike(value, own[key]):
             raise CheckpointError(
                 f"{where}: {key} is {value!r}, in a {type(target).__name__} here {own[key]!r}"
             )
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Numbers are alike; lists of numbers are alike, and of nothing yet."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return not a or not b or set(map(_kind, a)) == set(map(_kind, b))
+    return bool(_kind(a) == _kind(b))
+
+
 def _kind(value: Any) -> Any:
-    """Numbers are alike; lists of numbers are alike."""
     if isinstance(value, (int, float, Tensor)):
         return "number"
     if isinstance(value, (list, tuple)):
-        return "list", frozenset(map(_kind, value))
+        return "list"
     return "dict" if isinstance(value, dict) else type(value)
+
+
+def _scheduled(stateful: Mapping[str, Any]) -> set[str]:
+    """Options that the schedules among these change, beside lr."""
+    found: set[str] = set()
+    for schedule in stateful.values():
+        inner = getattr(schedule, "_schedulers", ())  # of SequentialLR and ChainedScheduler
+        found |= _scheduled({str(i): one for i, one in enumerate(inner)})
+        if isinstance(schedule, LRScheduler) and getattr(schedule, "cycle_momentum", False):
+            found |= {"betas", "momentum"}
+    return found
 
 
 def _load_stateful(

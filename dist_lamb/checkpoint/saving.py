@@ -138,6 +138,8 @@ def save_async(
     if process_group is not None and _used_by(optimizer, process_group):
         raise ValueError("save_async needs a process_group of its own; make one by new_group()")
     wait()
+    # Now: the process may be elsewhere when the thread comes to write.
+    folder_of_all = Path(directory).absolute()
     comm = host_comm(process_group)
 
     def staged_snapshot() -> _Snapshot:
@@ -152,7 +154,7 @@ def save_async(
 
     def write() -> Path:
         try:
-            return _write(comm, Path(directory), step, result, keep)
+            return _write(comm, folder_of_all, step, result, keep)
         except CheckpointError:
             raise
         except Exception as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import options as lamb_options
 from .. import rules
+from .._torch_private import is_optimized_module
 from ..base import SKIPPED, LambBase
 from ..lamb import Lamb
 from ..rules import Rule
@@ -47,7 +48,7 @@ from .errors import CheckpointError
 from .files import Entry
 from .fragments import Fragment
 from .reading import Checkpoint
-from .stored import has_state, saved_key, take_converted
+from .stored import equal, has_state, saved_key, take_converted
 
 #: If options differ: raise, use the checkpoint's, or keep the optimizer's.
 WhichOptions: TypeAlias = Literal["same", "saved", "own"]
@@ -68,11 +69,12 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """{name: parameter or buffer}; a tied one once, under its first name."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    inner: Any = model
+    while is_optimized_module(inner) or isinstance(inner, DistributedDataParallel):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, t in model.state_dict(keep_vars=True).items():
+    for name, t in inner.state_dict(keep_vars=True).items():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         if not isinstance(t, Tensor):
@@ -199,9 +201,14 @@ def _check_entry(
 
 
 def check_groups(
-    checkpoint: Checkpoint, names: Names, optimizer: LambBase, which: WhichOptions
+    checkpoint: Checkpoint,
+    names: Names,
+    optimizer: LambBase,
+    which: WhichOptions,
+    scheduled: Set[str] = frozenset(),
 ) -> None:
-    """Raise ``CheckpointError`` naming a param in another group, or an option that differs."""
+    """Raise ``CheckpointError`` naming a param in another group, or an option that differs and is
+    not ``scheduled``."""
     saved, path = checkpoint.state["groups"], checkpoint.path
     if not saved:
         raise CheckpointError(f"{path}: was saved without an optimizer")
@@ -229,23 +236,17 @@ def check_groups(
                 f"whose states are {dict(made_for.states)}; here rule {rule.name!r} has "
                 f"{dict(rule.states)}"
             )
-        for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED):
-            if which == "same" and not _equal(theirs[option], ours[option]):
+        if which == "saved" and made_for is not rule and isinstance(optimizer, ShardedLamb):
+            raise CheckpointError(
+                f"{path}: parameter group {i} was saved under rule {theirs['rule']!r}, and the "
+                f"buffers of this ShardedLamb are for {rule.name!r}: make one of that rule first"
+            )
+        for option in sorted((theirs.keys() & ours.keys()) - _NOT_COMPARED - scheduled):
+            if which == "same" and not equal(theirs[option], ours[option]):
                 raise CheckpointError(
                     f"{path}: {option} of parameter group {i} is {theirs[option]!r}, here it is "
                     f'{ours[option]!r}; load with options="saved" or options="own"'
                 )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    try:
-        if isinstance(a, Tensor) or isinstance(b, Tensor):
-            return bool(torch.equal(scalar_of(a).cpu(), scalar_of(b).cpu()))
-        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-            return tuple(a) == tuple(b)
-        return bool(a == b)
-    except (TypeError, ValueError, RuntimeError):  # of kinds that cannot be compared
-        return False
 
 
 def group_values(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..state import MASTER, REMAINDER, TENSOR_STATES, converted, joined, split_into
+from ..state import MASTER, REMAINDER, TENSOR_STATES, converted, joined, scalar_of, split_into
 from .reading import Checkpoint
 
 
@@ -31,3 +33,15 @@ def take_converted(views: Mapping[str, Tensor], name: str, given: Tensor) -> Non
         views[name].copy_(joined(views["param"], given))
     else:
         views[name].copy_(converted(given, views[name].dtype))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values of an option are the same."""
+    try:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return bool(torch.equal(scalar_of(a).cpu(), scalar_of(b).cpu()))
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+            return tuple(a) == tuple(b)
+        return bool(a == b)
+    except (TypeError, ValueError, RuntimeError):  # of kinds that cannot be compared
+        return False
