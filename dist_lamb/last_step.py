@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .kernels.segments import GRAD_SQ, Scalars
+from .kernels.segments import GRAD_SQ, UPDATED, Scalars
 from .rules import EARLY, Rule
 
 
@@ -71,7 +71,9 @@ class LastStep:
         def read(ratios: Tensor, sums: Tensor, scalars: Scalars) -> Tensor:
             if not scalars.track_grad_norm:
                 raise RuntimeError("grad_norms() needs an optimizer with track_grad_norm=True")
-            return torch.where(ratios.isnan(), ratios, unscaled(sums[:, GRAD_SQ].sqrt(), scalars))
+            # Not where the ratio is NaN: one bad gradient makes all NaN where they are clipped.
+            norms = unscaled(sums[:, GRAD_SQ].sqrt(), scalars)
+            return torch.where(sums[:, UPDATED] > 0, norms, torch.nan)
 
         return self._per_param(read)
 
@@ -96,6 +98,10 @@ class LastStep:
             )
         if square is None:
             square = torch.stack([sums[:, GRAD_SQ].sum().to(home) for _, _, sums in last]).sum()
+            if scalars.overflow is not None:
+                # A step that loss scaling skips may not have looked at its gradients.
+                skipped = (scalars.overflow.to(home) > 0).view(()) & square.isfinite()
+                square = torch.where(skipped, torch.inf, square)
         return unscaled(square.sqrt(), scalars)
 
     def _norms_named(self, squared: str) -> dict[str, Tensor]:
@@ -109,7 +115,8 @@ class LastStep:
             of, columns = (late, rule.late) if rule and squared in rule.late else (early, EARLY)
             if rule and squared in (*rule.late, *rule.early) and of[name].dim():
                 square = of[name][columns.index(squared)]
-                norm = torch.where(ratios[name].isnan(), norm, square.sqrt().float())
+                updated = late[name][UPDATED] > 0
+                norm = torch.where(updated, square.sqrt().float(), norm)
             found[name] = norm
         return found
 

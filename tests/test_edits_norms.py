@@ -137,6 +137,40 @@ def test_norms_that_are_zero(impl: str) -> None:
     on(impl, _zeros)
 
 
+def _one_is_bad(impl: str, cls: Any) -> None:
+    """Clipping makes every trust ratio NaN then; which gradient it was, the norms tell."""
+    params = {n: nn.Parameter(torch.ones(4)) for n in "ab"}
+    opt = cls(params.items(), lr=0.1, impl=impl, max_grad_norm=1.0, track_grad_norm=True)
+    params["a"].grad, params["b"].grad = torch.tensor([1.0, NAN, 1.0, 1.0]), torch.ones(4)
+    opt.step()
+    assert all(ratio.isnan() for ratio in opt.trust_ratios().values())
+    assert opt.grad_norms()["a"].isnan()
+    assert float(opt.grad_norms()["b"]) == 2.0
+    assert [float(norm) for norm in opt.param_norms().values()] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(("impl", "cls"), KINDS)
+def test_norms_where_one_gradient_is_bad(impl: str, cls: Any) -> None:
+    on(impl, _one_is_bad, cls)
+
+
+def _overflow(impl: str, cls: Any) -> None:
+    p = nn.Parameter(torch.ones(4))
+    opt = cls([("p", p)], lr=0.1, impl=impl, track_grad_norm=True)
+    for bad in (0.0, 1.0, 0.0):
+        p.grad = torch.full((4,), float("inf") if bad else 1.0)
+        # as torch.amp.GradScaler.step() does
+        opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(bad)
+        opt.step()
+        assert float(opt.grad_norm()) == (float("inf") if bad else 2.0)
+
+
+@pytest.mark.parametrize(("impl", "cls"), KINDS)
+def test_the_norm_of_a_step_that_loss_scaling_skips(impl: str, cls: Any) -> None:
+    """Not 0, which says that no param had a gradient."""
+    on(impl, _overflow, cls)
+
+
 @pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
 @pytest.mark.parametrize("impl", ["reference", "foreach"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
