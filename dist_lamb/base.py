@@ -244,9 +244,9 @@ class LambBase(LastStep, Optimizer):
         """At the start of ``step()``: raise if it must not be made. Nothing is changed then."""
         if self._unfinished:
             raise RuntimeError(
-                f"an error broke off the last step() of this {type(self).__name__}: moments or "
-                "params have changed in part. Load a state dict, and the weights saved with it, to "
-                "go on"
+                f"an error broke off the last step() of this {type(self).__name__}, or the loading "
+                "of a checkpoint: moments or params have changed in part. Load a state dict, and "
+                "the weights saved with it, to go on"
             )
         self._options.read(self.param_groups)
 
@@ -308,6 +308,10 @@ class LambBase(LastStep, Optimizer):
     def state_loaded(self) -> None:
         """Tell that state and weights were replaced by such as belong together."""
         self._unfinished = False
+
+    def state_broken(self) -> None:
+        """Tell that they were replaced in part: ``step()`` raises until they are whole."""
+        self._unfinished = True
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -252,13 +252,15 @@ class ShardedBase(LambBase):
             return dict(super().state_dict())
         if self._comm.world_size == 1:
             return self.full_optimizer_state_dict()
-        if self._consolidated is None:
+        whole, packed = self._consolidated, dict(super().state_dict())
+        if whole is None or list(whole["state"]) != list(packed["state"]):
             raise RuntimeError(
                 "the state is sharded: call consolidate_state_dict(to=rank) on all ranks before "
                 "state_dict() on that rank (to=None: on every rank; dist_lamb.integrations does it "
                 "in Trainer and Accelerate), or full_optimizer_state_dict() on all ranks"
             )
-        return self._consolidated
+        # An lr may have been set since.
+        return {**whole, "param_groups": packed["param_groups"]}
 
     def _packed(self, keep: bool) -> dict[str, Any] | None:
         if self._kept is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
 from dist_lamb import Lamb, ShardedLamb, checkpoint
-from dist_lamb.checkpoint import CheckpointError
+from dist_lamb.checkpoint import CheckpointError, reading
 from dist_lamb.checkpoint.cli import main
 
 
@@ -188,3 +190,66 @@ def test_a_tensor_that_safetensors_has_not(tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 1
     assert "safetensors has no torch.complex128: export --format dcp" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+class Counter:
+    value = 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_a_checkpoint_that_goes_away_while_it_is_read(
+    cls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``keep=`` of a training does under a reader: no step goes on from a mixture."""
+    model, optimizer = made(cls)
+    train(model, optimizer, range(2))
+    counter = Counter()
+    counter.value = 5
+    checkpoint.save(tmp_path / "run", 2, model, optimizer, stateful={"counter": counter})
+    read, reads = reading.Checkpoint.read, []
+
+    def until_it_is_gone(self: Any, *args: Any) -> Any:
+        reads.append(0)
+        if len(reads) == 9:
+            shutil.rmtree(tmp_path / "run" / "step-2")
+        return read(self, *args)
+
+    other, again = made(cls, seed=1)
+    train(other, again, range(3))
+    mine = Counter()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.Checkpoint, "read", until_it_is_gone)
+        with pytest.raises(CheckpointError, match="loaded in part: load a checkpoint again"):
+            checkpoint.load(tmp_path / "run", other, again, stateful={"counter": mine})
+    assert mine.value == 1
+    with pytest.raises(RuntimeError, match="or the loading of a checkpoint"):
+        train(other, again, range(3, 4))
+    checkpoint.load(tmp_path / "copy", other, again, stateful={"counter": mine})
+    train(other, again, range(2, 3))
+    train(model, optimizer, range(2, 3))
+    assert_alike(other, model)
+
+
+def _consolidated(rank: int, world: int) -> None:
+    model, optimizer = made(ShardedLamb)
+    train(model, optimizer, range(2))
+    optimizer.consolidate_state_dict(to=None)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
+    optimizer.add_param_group({"params": [("new", nn.Parameter(torch.ones(3)))]})
+    with pytest.raises(RuntimeError, match=r"call consolidate_state_dict\(to=rank\)"):
+        optimizer.state_dict()
+    optimizer.consolidate_state_dict(to=None)
+    assert len(optimizer.state_dict()["param_groups"]) == 2
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_whole_state_dict_is_of_the_groups_as_they_are(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, _consolidated)

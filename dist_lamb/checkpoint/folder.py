@@ -34,6 +34,9 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
 def latest(directory: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint of the highest step in a folder, or None."""
     complete = checkpoints(directory)
+    if not complete:
+        # Who writes there renames: the old ones may have gone, and a new one come, meanwhile.
+        complete = checkpoints(directory)
     return complete[-1] if complete else None
 
 

@@ -57,7 +57,8 @@ def load(
 
     Raises:
         CheckpointError: on every rank, naming the file that is missing or damaged, or the param
-            or option that does not match. Nothing is changed then.
+            or option that does not match. Nothing is changed then, unless files went away while
+            they were read: after that ``step()`` raises until a checkpoint was loaded.
     """
     wait()
     comm = host_comm(process_group)
@@ -98,7 +99,13 @@ def load(
     except CheckpointError:
         restore()
         raise
-    storage.read_into(targets.tensors, checkpoint, comm)
+    try:
+        storage.read_into(targets.tensors, checkpoint, comm)
+    except CheckpointError as error:
+        restore()
+        if optimizer is not None:
+            optimizer.state_broken()
+        raise CheckpointError(f"{error}; loaded in part: load a checkpoint again") from error
     targets.finish()
     if optimizer is not None:
         schema.apply_groups(values, optimizer)
