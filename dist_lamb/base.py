@@ -144,7 +144,6 @@ class LambBase(LastStep, Optimizer):
             except Exception:
                 # A refused group must not stay behind half added.
                 del self.param_groups[-1]
-                self._given.hold(self._all_params())
                 raise
 
     def _check_groups(self, new: Sequence[Mapping[str, Any]]) -> None:
@@ -240,14 +239,18 @@ class LambBase(LastStep, Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _begin(self) -> None:
-        """At the start of ``step()``: raise if it must not be made. Nothing is changed then."""
+    def refuse_broken(self) -> None:
+        """Raise ``RuntimeError`` where state and weights do not belong together."""
         if self._unfinished:
             raise RuntimeError(
                 f"an error broke off the last step() of this {type(self).__name__}, or the loading "
                 "of a checkpoint: moments or params have changed in part. Load a state dict, and "
                 "the weights saved with it, to go on"
             )
+
+    def _begin(self) -> None:
+        """At the start of ``step()``: raise if it must not be made. Nothing is changed then."""
+        self.refuse_broken()
         self._options.read(self.param_groups)
 
     def _loss_scaling(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -347,8 +350,8 @@ class LambBase(LastStep, Optimizer):
         """
 
         def keep_tensors(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            saved = foreign.understood(given, self.param_groups)
             foreign.refuse_other_states(given, self.param_groups, self._all_names())
+            saved = foreign.understood(given, self.param_groups)
             self._loading = self._tensors_by_param(saved)
             # torch casts every floating state tensor to its param's dtype (pytorch#43706), so it
             # gets to see none of them but the step, and of that a copy: it would keep the caller's.

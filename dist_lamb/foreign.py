@@ -59,7 +59,8 @@ def translated(group: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(group)
     if isinstance(new.get("trust_clip"), bool):
         new["trust_clip"] = (0.0, 1.0) if new["trust_clip"] else None
-    if {"min_coeff", "max_coeff"} & new.keys():  # DeepSpeed, whose defaults these are
+    # DeepSpeed, whose defaults these are; in a dict of this package they were left behind
+    if {"min_coeff", "max_coeff"} & new.keys() and "rule" not in new:
         new["trust_clip"] = (new.pop("min_coeff", 0.01), new.pop("max_coeff", 10.0))
     if isinstance(new.get("bias_correction"), int):
         new["bias_correction"] = bool(new["bias_correction"])
@@ -84,13 +85,16 @@ def understood(
         own = options.owned(own_groups[i]) if i < len(own_groups) else {}
         group = {**own, **translated(saved), **options.formats(own)}
         rule = options.rule_named(group.get("rule", "lamb"))
-        if not group.pop("decoupled_weight_decay", True) and group["weight_decay"]:  # torch's Adam
-            if not options.reads(rule, "decoupled"):
+        # torch's Adam and AdamW
+        decoupled = None if "rule" in saved else group.pop("decoupled_weight_decay", None)
+        if decoupled is not None and saved.get("weight_decay"):
+            if options.reads(rule, "decoupled"):
+                group["decoupled"] = bool(decoupled)
+            elif not decoupled:
                 raise ValueError(
-                    f"the state dict was saved with L2 decay ({group['weight_decay']}), which rule "
+                    f"the state dict was saved with L2 decay ({saved['weight_decay']}), which rule "
                     f"{rule.name!r} has not: set its weight_decay to 0 first"
                 )
-            group["decoupled"] = False
         if "betas" in group and not options.reads(rule, "betas"):
             group["betas"] = options.neutral("betas")  # a schedule may have cycled them
         step = group.get("step")

@@ -224,8 +224,6 @@ class Lamb(LambBase):
         """
         self._validate(stepped)
         params = self._all_params()
-        self._given.hold(params)
-        self._made_for.hold(params)
         if len(params) != len(self._known) or not all(map(is_, params, self._known)):
             # Counters and norms belong to params, not to positions.
             self._known, self._counters, self._norms = params, {}, DTensorNorms(params)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 _Note = TypeVar("_Note")
@@ -14,17 +15,16 @@ _Note = TypeVar("_Note")
 class ParamNotes(Generic[_Note]):
     """Notes by param, that is, by identity.
 
-    Params of the groups are held strongly, and DTensors as long as the optimizer lives: where a
-    model is moved or converted, torch exchanges their contents (``torch.utils.swap_tensors``), and
-    refuses that for tensors with weak references. Other params that have left the groups are held
-    weakly: their memory is not the optimizer's.
+    Params are held weakly: their memory is not the optimizer's once they have left its groups. But
+    not those whose contents torch exchanges where a model is moved or converted (DTensors;
+    ``torch.utils.swap_tensors``), which it refuses for tensors with weak references.
     """
 
     def __init__(self) -> None:
         self._notes: dict[int, tuple[Tensor | weakref.ref[Tensor], _Note]] = {}
 
     def __setitem__(self, p: Tensor, note: _Note) -> None:
-        self._notes[id(p)] = p, note
+        self._notes[id(p)] = (p if _swapped(p) else weakref.ref(p)), note
 
     def __iter__(self) -> Iterator[Tensor]:
         """Those that live."""
@@ -35,18 +35,12 @@ class ParamNotes(Generic[_Note]):
         held, note = self._notes.get(id(p), (None, default))
         return note if held is not None and _param(held) is p else default
 
-    def hold(self, params: Iterable[Tensor]) -> None:
-        """``params`` are those of the groups now."""
-        own = set(map(id, params))
-        for key, (held, note) in list(self._notes.items()):
-            p = _param(held)
-            if p is None:
-                del self._notes[key]
-            else:
-                # a wrapper around other tensors
-                swapped = hasattr(p, "__tensor_flatten__")
-                self._notes[key] = (p if swapped or key in own else weakref.ref(p)), note
-
 
 def _param(held: Tensor | weakref.ref[Tensor]) -> Tensor | None:
     return held() if isinstance(held, weakref.ref) else held
+
+
+def _swapped(p: Tensor) -> bool:
+    """As ``nn.Module._apply`` decides it: wrappers of other tensors, or where it is told to."""
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    return swap or hasattr(p, "__tensor_flatten__")

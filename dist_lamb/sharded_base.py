@@ -156,7 +156,6 @@ class ShardedBase(LambBase):
         """
         if self._kept is None or self._gatherer is None:
             refuse_deepspeed("ShardedLamb", self._given, self._all_params())
-            self._given.hold(self._all_params())
             lockstep = self._join()
             named = {
                 id(p): (name, p)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as torch_dcp
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
@@ -164,6 +166,31 @@ def test_a_run_with_a_schedule_is_resumed(schedule: Any, tmp_path: Path) -> None
     assert_alike(runs[1][0], runs[0][0])
 
 
+def test_betas_that_another_optimizer_s_schedule_cycles(tmp_path: Path) -> None:
+    model, optimizer = made()
+    other_s = lr_scheduler.OneCycleLR(made()[1], 0.1, 20)
+    checkpoint.save(tmp_path, 0, model, optimizer, stateful={"lr": other_s})
+    again = made(betas=(0.8, 0.999))
+    with pytest.raises(CheckpointError, match="betas of parameter group 0"):
+        checkpoint.load(tmp_path, *again, stateful={"lr": other_s})
+
+
+def test_a_torch_adam_through_dcp(tmp_path: Path) -> None:
+    model, _ = made()
+    adam = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+    train(model, adam, range(3))
+    state = get_state_dict(model, adam)
+    torch_dcp.save({"model": state[0], "optim": state[1]}, checkpoint_id=tmp_path / "dcp")
+    assert main(["import", str(tmp_path / "dcp"), str(tmp_path / "run")]) == 0
+    other, again = made(seed=1)
+    checkpoint.load(tmp_path / "run", other, again, options="saved")
+    assert_alike(other, model)
+    assert (again.param_groups[0]["decoupled"], again.param_groups[0]["weight_decay"]) == (
+        False,
+        0.1,
+    )
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -231,6 +258,8 @@ def test_a_checkpoint_that_goes_away_while_it_is_read(
     assert mine.value == 1
     with pytest.raises(RuntimeError, match="or the loading of a checkpoint"):
         train(other, again, range(3, 4))
+    with pytest.raises(CheckpointError, match="or the loading of a checkpoint"):
+        checkpoint.save(tmp_path / "mixed", 3, other, again)
     checkpoint.load(tmp_path / "copy", other, again, stateful={"counter": mine})
     train(other, again, range(2, 3))
     train(model, optimizer, range(2, 3))

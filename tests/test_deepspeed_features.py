@@ -348,7 +348,7 @@ def test_config_advice() -> None:
         ({"gradient_clipping": 0.0}, "gradient_clipping"),
         ({"communication_data_type": "bf16"}, "communication_data_type"),
         (
-            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            {"torch_autocast": {"enabled": True, "dtype": torch.float16}},
             "remove gradient_clipping, and give max_grad_norm",
         ),
         (

@@ -3,6 +3,7 @@ DeepSpeed goes into it."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -48,6 +49,7 @@ def _traps(rank: int, world: int, folder: str) -> None:
         _loaded_by_deepspeed,
         _another_optimizer_trains,
         _gradients_of_a_skipped_step,
+        _a_state_dict_before_there_is_an_engine,
         _nothing_to_warn_of,
     ):
         check(rank, world)
@@ -135,9 +137,15 @@ def _gradients_of_a_skipped_step(rank: int, world: int) -> None:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=case.make_config()
         )
-        optimizer.bind(engine)
         gradients = case.gradients(start, 0, rank, world)
         *others, last = gradients
+        for _ in range(2):
+            before = {n: p.detach().clone() for n, p in model.params().items()}
+            engine.backward(engine(gradients))
+            optimizer.bind(engine)  # later than usual: what has come before counts
+            engine.step()
+            moved = {n for n, p in model.params().items() if not torch.equal(before[n], p)}
+            assert moved >= {n for n in gradients if start[n].any()}
         seen = []
         for names, scale in ((gradients, 1.0), (gradients, float("inf")), (others, 1.0)):
             engine.backward(engine({n: gradients[n] for n in names}) * scale)
@@ -391,6 +399,15 @@ def _nothing_to_warn_of(rank: int, world: int) -> None:
         p.sum().backward()
     with pytest.warns(UserWarning, match=r"step\(\) is never called"):
         p.sum().backward()
+
+
+def _a_state_dict_before_there_is_an_engine(rank: int, world: int) -> None:
+    """DeepSpeed drops groups without params; here they are."""
+    p = nn.Parameter(torch.ones(3, 2))
+    groups = [{"params": []}, {"params": [p]}]
+    made = DeepSpeedLamb(copy.deepcopy(groups), lr=0.02)
+    made.load_state_dict(torch.optim.AdamW(groups, lr=0.5).state_dict())
+    assert [(g["group_index"], g["lr"]) for g in made.param_groups] == [(0, 0.5), (1, 0.5)]
 
 
 def _a_checkpoint_of_adamw(rank: int, world: int, folder: str) -> None:

@@ -295,6 +295,30 @@ def _foreign(impl: str, cls: Any, layout: str) -> None:
         again.check()
 
 
+@pytest.mark.parametrize("cls", [Lamb, ShardedLamb])
+def test_entries_that_another_program_left(cls: Any) -> None:
+    """Of a dict of this package its own options count: earlier versions kept others' entries."""
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = cls([("p", p)], lr=0.1, trust_clip=(0.0, 1.0))
+    saved = copy.deepcopy(opt.state_dict())
+    left = {"decoupled_weight_decay": False, "min_coeff": 0.01, "max_coeff": 10.0}
+    saved["param_groups"][0].update(left)
+    opt.load_state_dict(saved)
+    group = opt.param_groups[0]
+    assert (group["decoupled"], tuple(group["trust_clip"])) == (True, (0.0, 1.0))
+    adamw = torch.optim.AdamW([p], lr=0.1)
+    l2 = cls([("p", p)], lr=0.1, decoupled=False)
+    l2.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    assert l2.param_groups[0]["decoupled"]
+    more = copy.deepcopy(torch.optim.Adam([{"params": [p]}], weight_decay=0.1).state_dict())
+    more["param_groups"].append({"params": [1], "decoupled_weight_decay": False})
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        opt.load_state_dict(more)
+    no_l2 = cls([("p", p)], lr=0.1, rule="lans")
+    with pytest.raises(ValueError, match=r"was saved with L2 decay \(0.1\), which rule 'lans'"):
+        no_l2.load_state_dict(copy.deepcopy(torch.optim.Adam([p], weight_decay=0.1).state_dict()))
+
+
 def _goes_on(twin: Twin, state: dict[Any, Any], options: dict[str, Any]) -> None:
     twin.plain = Plain(twin.params, **options)
     for i, n in enumerate(twin.params):

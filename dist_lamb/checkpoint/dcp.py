@@ -252,14 +252,21 @@ def _groups(
     for group in groups:
         params = group.get("params")
         if isinstance(params, list) and all(name in names for name in params):
-            kept = {**lamb_options.owned(group), **lamb_options.formats(group)}
-            kept |= {k: group[k] for k in ("initial_lr", SKIPPED) if k in group}
-            taken.append({"params": params, **kept})
+            taken.append({"params": params, **_options_of(group)})
     with_state = [name for name in names if f"optimizer.{name}.step" in found.tensors]
     if with_state and not taken:
         taken = [{"params": with_state}]
     encode(taken, "param_groups")  # raises for what cannot be saved
     return taken
+
+
+def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group's rule reads of its entries, and what a schedule and an optimizer keep there."""
+    known = {*lamb_options.RULE_DEFAULTS, *_rule_of(group).options, "initial_lr", SKIPPED}
+    kept = {k: v for k, v in group.items() if k in known}
+    if "rule" not in group and group.get("decoupled_weight_decay") is False:  # torch's Adam
+        kept["decoupled"] = False
+    return kept
 
 
 def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:

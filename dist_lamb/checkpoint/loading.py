@@ -70,7 +70,7 @@ def load(
         checkpoint = Checkpoint(resolved)
         names = schema.Names(model, optimizer)
         if optimizer is not None:
-            scheduled = _scheduled(stateful or {})
+            scheduled = _scheduled(stateful or {}, optimizer)
             schema.check_groups(checkpoint, names, optimizer, options, scheduled)
         schema.check_tensors(checkpoint, names)
         for key, target in (stateful or {}).items():
@@ -146,13 +146,14 @@ def _kind(value: Any) -> Any:
     return "dict" if isinstance(value, dict) else type(value)
 
 
-def _scheduled(stateful: Mapping[str, Any]) -> set[str]:
-    """Options that the schedules among these change, beside lr."""
+def _scheduled(stateful: Mapping[str, Any], optimizer: LambBase) -> set[str]:
+    """Options of the optimizer that the schedules among these change, beside lr."""
     found: set[str] = set()
     for schedule in stateful.values():
         inner = getattr(schedule, "_schedulers", ())  # of SequentialLR and ChainedScheduler
-        found |= _scheduled({str(i): one for i, one in enumerate(inner)})
-        if isinstance(schedule, LRScheduler) and getattr(schedule, "cycle_momentum", False):
+        found |= _scheduled({str(i): one for i, one in enumerate(inner)}, optimizer)
+        own = isinstance(schedule, LRScheduler) and schedule.optimizer is optimizer
+        if own and getattr(schedule, "cycle_momentum", False):
             found |= {"betas", "momentum"}
     return found
 

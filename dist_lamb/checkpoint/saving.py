@@ -205,6 +205,11 @@ def _snapshot(
     check_step(step)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise CheckpointError(f"keep must be None or an integer >= 1, got {keep!r}")
+    if optimizer is not None:
+        try:
+            optimizer.refuse_broken()
+        except RuntimeError as error:  # it would be taken for the latest one
+            raise CheckpointError(str(error)) from None
     names = schema.Names(model, optimizer)
     tensors = schema.tensors_to_save(names, optimizer)
     pieces = {key: num_pieces(t) for key, t in tensors.items() if is_dtensor(t)}

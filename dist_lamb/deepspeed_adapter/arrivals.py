@@ -28,13 +28,18 @@ class Arrivals:
         self.ever = bytearray()
         #: by original, the engine's step that one came for; -1: none since its last step
         self._came: list[int] = []
-        #: counts also the steps that DeepSpeed skips, with their gradients; None until it is known
-        self.engine: Any = None
+        self._engine: Any = None
         #: the original that backward passes are counted by, and their number
         self._counted, self._backwards = -1, 0
 
+    def bind(self, engine: Any) -> None:
+        """``engine`` counts also the steps that DeepSpeed skips, with their gradients."""
+        came = [self.came(i) for i in range(len(self._came))]
+        self._engine = engine
+        self._came = [self._step() if c else -1 for c in came]
+
     def _step(self) -> int:
-        return 0 if self.engine is None else int(self.engine.global_steps)
+        return 0 if self._engine is None else int(self._engine.global_steps)
 
     def came(self, i: int) -> bool:
         """Whether a gradient has come for the step that is made now."""

@@ -50,7 +50,7 @@ def recommended_config(
 
 
 #: as DeepSpeed spells it
-_FLOAT16 = ("fp16", "float16", "half", "torch.float16")
+_FLOAT16 = ("fp16", "float16", "half", "torch.float16", torch.float16)
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -29,9 +29,10 @@ def restore_groups(
     found = [group.get("group_index") for group in groups]
     if None not in found and len(set(found)) == len(found):
         return
-    # DeepSpeed drops groups without params.
-    filled = [i for i, (lo, hi) in enumerate(pairwise(starts)) if lo < hi]
-    for i, group in zip(filled, groups, strict=True):
+    numbers = list(range(len(starts) - 1))
+    if len(groups) < len(numbers):  # DeepSpeed drops groups without params
+        numbers = [i for i, (lo, hi) in enumerate(pairwise(starts)) if lo < hi]
+    for i, group in zip(numbers, groups, strict=True):
         if group.get("group_index", i) != i:
             # A schedule goes on from the lrs that were saved.
             saved = group.get(ALL_LRS, ())

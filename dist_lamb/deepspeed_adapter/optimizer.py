@@ -120,7 +120,8 @@ class DeepSpeedLamb(LambBase):
         """
         if engine.gradient_clipping() and any(map(options.clips, self.param_groups)):
             raise ValueError(BOTH_CLIP.format(engine.gradient_clipping()))
-        self._engine = self._arrivals.engine = engine
+        self._engine = engine
+        self._arrivals.bind(engine)
         named = {id(p): name for name, p in engine.module.named_parameters()}
         self._originals[:] = [
             o._replace(name=named[id(o.param)])
