@@ -118,6 +118,8 @@ def refuse_other_states(
 
     A dict without a rule is another program's: the names of its states decide.
     """
+    for group in saved["param_groups"]:
+        options.rule_named(group.get("rule", "lamb"))
     theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
     own = [rules.of(group) for group in groups for _ in group["params"]]
     for (key, group), rule, name in zip(theirs, own, names):
