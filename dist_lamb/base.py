@@ -197,7 +197,7 @@ class LambBase(LastStep, Optimizer):
         A param that was given with a name keeps it wherever it is moved; others have the name of
         their position.
         """
-        given = [[self._given_name(p) for p in group["params"]] for group in self.param_groups]
+        given = [[self._given.get(p, None) for p in group["params"]] for group in self.param_groups]
         taken, count = set(chain(*given)), 0
         named: list[list[tuple[str, Tensor]]] = []
         for group, own in zip(self.param_groups, given):
@@ -211,9 +211,6 @@ class LambBase(LastStep, Optimizer):
                 named[-1].append((f"param_{count}" if name is None else name, p))
                 count += 1
         return named
-
-    def _given_name(self, p: Tensor) -> str | None:
-        return self._given.get(p, None)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -238,7 +238,7 @@ def _take_state(found: Imported, name: str, state: Mapping[str, Any], rule: rule
 def _groups(
     found: Imported, groups: list[dict[str, Any]], options: Mapping[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The param groups with those options that are LAMB's too; a flattened optimizer has none, but
+    """The param groups with those options that their rule has; a flattened optimizer has none, but
     the options of each param: those with the same ones become a group."""
     names = [key.removeprefix("model.") for key in found.tensors if key.startswith("model.")]
     for name in names:

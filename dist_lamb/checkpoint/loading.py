@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -70,7 +70,7 @@ def load(
         checkpoint = Checkpoint(resolved)
         names = schema.Names(model, optimizer)
         if optimizer is not None:
-            scheduled = _scheduled(stateful or {}, optimizer)
+            scheduled = _scheduled((stateful or {}).values(), optimizer)
             schema.check_groups(checkpoint, names, optimizer, options, scheduled)
         schema.check_tensors(checkpoint, names)
         for key, target in (stateful or {}).items():
@@ -146,12 +146,12 @@ def _kind(value: Any) -> Any:
     return "dict" if isinstance(value, dict) else type(value)
 
 
-def _scheduled(stateful: Mapping[str, Any], optimizer: LambBase) -> set[str]:
+def _scheduled(schedules: Iterable[Any], optimizer: LambBase) -> set[str]:
     """Options of the optimizer that the schedules among these change, beside lr."""
     found: set[str] = set()
-    for schedule in stateful.values():
-        inner = getattr(schedule, "_schedulers", ())  # of SequentialLR and ChainedScheduler
-        found |= _scheduled({str(i): one for i, one in enumerate(inner)}, optimizer)
+    for schedule in schedules:
+        # what SequentialLR and ChainedScheduler are made of
+        found |= _scheduled(getattr(schedule, "_schedulers", ()), optimizer)
         own = isinstance(schedule, LRScheduler) and schedule.optimizer is optimizer
         if own and getattr(schedule, "cycle_momentum", False):
             found |= {"betas", "momentum"}

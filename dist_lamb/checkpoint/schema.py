@@ -205,7 +205,7 @@ def check_groups(
     names: Names,
     optimizer: LambBase,
     which: WhichOptions,
-    scheduled: Set[str] = frozenset(),
+    scheduled: Set[str],
 ) -> None:
     """Raise ``CheckpointError`` naming a param in another group, or an option that differs and is
     not ``scheduled``."""
